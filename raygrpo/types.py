@@ -1,0 +1,100 @@
+"""What flows between the roles.
+
+One row of the stream is one group: a prompt with all its completions. Its type changes by stage (Prompt -> RolloutGroup ->
+ScoredGroup), so that no field is ever "filled in later". Dataclasses live at the edges; between processes a group is one Arrow row
+(`group_to_row` and friends; `GROUP_SCHEMA` and `SCORED_GROUP_SCHEMA` in stream.py); tensors exist only inside the learner.
+
+Shapes: G completions of one prompt, C tokens of one completion, K reward functions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One example of the dataset, rendered and tokenised."""
+
+    prompt_id: int  # row of the dataset, stable across epochs and runs
+    prompt_ids: list[int]
+    text: str  # as the chat template rendered it
+    answer: Any = None  # JSON value: the reference solution
+    row: dict[str, Any] = field(default_factory=dict)  # the dataset's other columns (JSON values), for reward functions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled completion and how it was sampled."""
+
+    completion_ids: list[int]  # [C], the end-of-sequence token included when it was sampled
+    behaviour_logprobs: list[float]  # [C], natural log, from the generator, at sampling time, after temperature
+    finish_reason: FinishReason
+    text: str  # decoded, special tokens left out: what rewards read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All completions of one prompt, sampled under one policy version. Without rollouts when generation failed: `error` says why."""
+
+    ticket: int  # position in the run: step * groups_per_step + place within the step
+    prompt: Prompt
+    policy_version: int
+    rollouts: list[Rollout]  # [G], or [] after an error
+    generator: str  # name of the actor that sampled
+    generate_start_s: float  # unix time
+    generate_end_s: float
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """What the reward functions said of one completion."""
+
+    total: float  # weighted sum; 0.0 where `error` is set
+    components: list[float]  # [K], unweighted, in the order of the configuration
+    error: str = ""  # why a function failed; a failed rollout has advantage 0 and no loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A rollout group with one reward for each completion."""
+
+    group: RolloutGroup
+    rewards: list[Reward]  # [G]
+    score_start_s: float  # unix time
+    score_end_s: float
+
+
+StepMetrics = dict[str, float]  # metric name -> value, for one step
+
+
+def group_to_row(group: RolloutGroup) -> dict[str, Any]:
+    """The group as one row for Arrow: plain lists and strings. `row_to_group` is its inverse."""
+    prompt = _plain(group.prompt) | {"answer": json.dumps(group.prompt.answer), "row": json.dumps(group.prompt.row)}
+    return _plain(group) | {"prompt": prompt, "rollouts": [_plain(rollout) for rollout in group.rollouts]}
+
+
+def row_to_group(row: dict[str, Any]) -> RolloutGroup:
+    prompt = row["prompt"]
+    prompt = Prompt(**prompt | {"answer": json.loads(prompt["answer"]), "row": json.loads(prompt["row"])})
+    return RolloutGroup(**row | {"prompt": prompt, "rollouts": [Rollout(**rollout) for rollout in row["rollouts"]]})
+
+
+def scored_group_to_row(scored: ScoredGroup) -> dict[str, Any]:
+    """As `group_to_row`, one level up."""
+    row = {"group": group_to_row(scored.group), "rewards": [_plain(reward) for reward in scored.rewards]}
+    return _plain(scored) | row
+
+
+def row_to_scored_group(row: dict[str, Any]) -> ScoredGroup:
+    return ScoredGroup(**row | {"group": row_to_group(row["group"]), "rewards": [Reward(**r) for r in row["rewards"]]})
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """One level of the dataclass as a dict; dataclasses.asdict would copy every token."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
