@@ -1,0 +1,117 @@
+"""DeepSpeed as the learner's engine: one optimizer step over any number of micro-batches, and the weights it arrives at.
+
+The only file that imports deepspeed. It owns what DeepSpeed is told (`deepspeed_config`) and the ways around it that training with a
+varying number of micro-batches takes; the loss and the batches belong to the learner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raygrpo.config import LearnerConfig, OptimizerConfig
+
+GATHER_BYTES = 256 * 2**20  # of parameters that ZeRO-3 puts together at a time when weights are read
+
+
+def learning_rate(optimizer: OptimizerConfig, update: int, num_updates: int) -> float:
+    """Of update 0 .. num_updates - 1: a linear rise over `warmup_steps`, then the schedule down to lr * final_lr_fraction."""
+    if update < optimizer.warmup_steps:
+        return optimizer.lr * (update + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    span = max(1, num_updates - 1 - optimizer.warmup_steps)
+    progress = min(1.0, (update - optimizer.warmup_steps) / span)
+    remaining = 1.0 - progress if optimizer.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    floor = optimizer.final_lr_fraction
+    return optimizer.lr * (floor + (1.0 - floor) * remaining)
+
+
+def deepspeed_config(learner: LearnerConfig, dtype: str) -> dict[str, Any]:
+    """What DeepSpeed gets: the user's options plus those that follow from other settings (config.py refuses a clash)."""
+    return learner.deepspeed | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # the number of micro-batches varies; step() ends an update
+        "gradient_clipping": learner.optimizer.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},  # with float32 master weights
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
+        "steps_per_print": 2**31,
+    }
+
+
+class DeepSpeedEngine:
+    """One rank's share of the policy, its optimizer, and how both are stepped.
+
+    torch.distributed must be initialised. All ranks must call every method, the same number of times: under ZeRO-3 each forward and
+    backward is a collective.
+    """
+
+    def __init__(self, module: nn.Module, policy: nn.Module, learner: LearnerConfig, *, dtype: str, num_updates: int):
+        """module: what `__call__` runs (a wrapper around the policy); policy: the Hugging Face model whose weights are read."""
+        import deepspeed
+
+        # A shared-memory all-reduce for CPUs that DeepSpeed would compile at start-up (two minutes, needs g++ and ninja).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._settings = learner.optimizer
+        self._num_updates = num_updates
+        self._policy = policy
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=self._settings.lr,
+            betas=self._settings.betas,
+            eps=self._settings.eps,
+            weight_decay=self._settings.weight_decay,
+        )
+        config = deepspeed_config(learner, dtype)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._is_zero3 = self._engine.zero_optimization_partition_weights()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, with DeepSpeed's hooks."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch. The losses of all micro-batches of all ranks are summed, so `loss` must already be divided by the
+        whole step's denominator; DeepSpeed averages over ranks, which the factor undoes."""
+        self._engine.backward(loss * self._engine.dp_world_size, scale_wrt_gas=False)
+
+    def step(self, update: int) -> tuple[float, float]:
+        """Clip, update the weights, clear the gradients; returns (gradient norm before clipping, learning rate).
+
+        Raises FloatingPointError when the gradient is not finite; the weights are then not updated on any rank.
+        """
+        rate = learning_rate(self._settings, update, self._num_updates)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm of update {update} is {norm}")
+        return norm, rate
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor on its device) of every parameter; tied ones once. Under ZeRO-3 in buckets, never the whole model
+        at once: a tensor is valid until the next is asked for, and every rank must exhaust the iterator."""
+        if not self._is_zero3:
+            yield from self._policy.named_parameters()
+            return
+        from deepspeed.zero import GatheredParameters
+
+        bucket: list[tuple[str, nn.Parameter]] = []
+        num_bytes = 0
+        for name, parameter in self._policy.named_parameters():
+            bucket.append((name, parameter))
+            num_bytes += parameter.ds_numel * parameter.element_size()
+            if num_bytes >= GATHER_BYTES:
+                with GatheredParameters([p for _, p in bucket]):
+                    yield from bucket
+                bucket, num_bytes = [], 0
+        with GatheredParameters([p for _, p in bucket]):
+            yield from bucket

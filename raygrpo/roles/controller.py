@@ -1,0 +1,194 @@
+"""The rollout controller: who may sample what, when, and under which version of the policy.
+
+One actor, asyncio, no tensors. It owns the prompts, the gate, the set of healthy generators and the latest published weights; rollouts
+never pass through it.
+
+The gate. Ticket t belongs to step t // groups_per_step, and is admitted when
+
+    t < (version + max_staleness + 1) * groups_per_step                                            (1)
+
+where `version` is the latest published version; the learner that trains step s holds version s. A generator samples the ticket under a
+version v_g >= the version at admission >= step(t) - max_staleness, and tickets are trained in their order, so the staleness
+step(t) - v_g is at most max_staleness. 0 is on-policy by the same rule.
+
+Publish order: every healthy generator has acknowledged version v before the gate moves to v. The other order lets a generator serve an
+admitted ticket with weights that are one version too old.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raygrpo.data import PromptSet, sample_seed
+from raygrpo.types import Prompt
+
+if TYPE_CHECKING:
+    import ray
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
+
+LOAD_DEADLINE_S = 600.0  # for one generator to load a version; later it counts as failed and is restarted
+MAX_ATTEMPTS = 3  # generators tried for one ticket before its group is emitted with an error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a ticket is worth: always the same prompt and seeds, and the generator that should sample it now."""
+
+    ticket: int
+    prompt: Prompt
+    seeds: list[int]  # one for each completion
+    min_version: int
+    generator: ActorHandle | None  # None: given up, `error` says why
+    generator_name: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """How a publish went."""
+
+    version: int
+    seconds: float  # from the call to the last acknowledgement
+    num_generators: int  # that acknowledged
+    failed: list[str]  # generators that did not
+
+
+class RolloutController:
+    def __init__(
+        self,
+        prompts: PromptSet,
+        generators: dict[str, ActorHandle],
+        *,
+        seed: int,
+        groups_per_step: int,
+        group_size: int,
+        max_staleness: int,
+    ):
+        self._prompts = prompts
+        self._generators = generators
+        self._seed = seed
+        self._groups_per_step = groups_per_step
+        self._group_size = group_size
+        self._max_staleness = max_staleness
+        self._version = -1  # nothing published: the gate is shut
+        self._first_ticket = 0  # of the current segment
+        self._weights: list[ray.ObjectRef] = []  # of self._version; a restarted generator loads them
+        self._healthy = set(generators)
+        self._outstanding: dict[str, int] = dict.fromkeys(generators, 0)
+        self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
+        self._num_generator_failures = 0
+        self._changed = asyncio.Condition()
+        self._revivals: set[asyncio.Task] = set()
+
+    async def begin_segment(self, first_ticket: int) -> None:
+        """Row r of the coming Ray Data execution is ticket first_ticket + r."""
+        self._first_ticket = first_ticket
+        self._failures.clear()
+
+    async def claim(self, row: int) -> Claim:
+        """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy."""
+        ticket = self._first_ticket + row
+        step = ticket // self._groups_per_step
+        prompt = self._prompts.at(ticket, self._seed)
+        seeds = [sample_seed(self._seed, ticket, i) for i in range(self._group_size)]
+        min_version = max(0, step - self._max_staleness)
+        failures = self._failures.get(ticket, [])
+        if len(failures) >= MAX_ATTEMPTS:
+            error = f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures)
+            return Claim(ticket=ticket, prompt=prompt, seeds=seeds, min_version=min_version, generator=None, error=error)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._admits(ticket) and self._healthy)
+            name = min(sorted(self._healthy), key=self._outstanding.__getitem__)
+            self._outstanding[name] += 1
+        return Claim(
+            ticket=ticket,
+            prompt=prompt,
+            seeds=seeds,
+            min_version=min_version,
+            generator=self._generators[name],
+            generator_name=name,
+        )
+
+    def _admits(self, ticket: int) -> bool:
+        return ticket < (self._version + self._max_staleness + 1) * self._groups_per_step
+
+    async def release(self, ticket: int, generator_name: str, error: str | None) -> None:
+        """A claimed ticket came back from its generator: with a group (no error), or because the generator failed."""
+        self._outstanding[generator_name] -= 1
+        if error is None:
+            return
+        logger.warning("ticket %d failed on %s: %s", ticket, generator_name, error)
+        self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
+        self._quarantine(generator_name)
+
+    async def publish(self, version: int, weights: list[ray.ObjectRef]) -> PublishReport:
+        """Give every healthy generator the packed weights, then open the gate for `version`.
+
+        weights: one reference in a list, so that Ray passes the reference and each node pulls the bytes once.
+        Raises RuntimeError when no generator could load them.
+        """
+        start = time.monotonic()
+        self._weights = weights
+        names = sorted(self._healthy)
+        results = await asyncio.gather(*(self._load(name, version) for name in names), return_exceptions=True)
+        failed = [name for name, result in zip(names, results, strict=True) if isinstance(result, BaseException)]
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, BaseException):
+                logger.warning("%s did not load version %d: %s", name, version, result)
+        if len(failed) == len(names):
+            raise RuntimeError(f"no generator loaded version {version}: {results[0] if results else 'none is healthy'}")
+        async with self._changed:
+            self._version = version
+            self._changed.notify_all()
+        for name in failed:
+            self._quarantine(name)
+        return PublishReport(
+            version=version,
+            seconds=time.monotonic() - start,
+            num_generators=len(names) - len(failed),
+            failed=failed,
+        )
+
+    async def _load(self, name: str, version: int) -> None:
+        await asyncio.wait_for(self._generators[name].load_weights.remote(version, self._weights), LOAD_DEADLINE_S)
+
+    def _quarantine(self, name: str) -> None:
+        """No more claims for this generator until it has loaded the current version again (Ray restarts a dead actor)."""
+        if name not in self._healthy:
+            return
+        self._healthy.discard(name)
+        self._num_generator_failures += 1
+        task = asyncio.get_running_loop().create_task(self._revive(name))
+        self._revivals.add(task)
+        task.add_done_callback(self._revivals.discard)
+
+    async def _revive(self, name: str) -> None:
+        while True:
+            version = self._version
+            try:
+                await self._load(name, version)
+            except Exception as error:
+                logger.warning("%s is not back yet: %s", name, error)
+                await asyncio.sleep(1.0)
+                continue
+            if version == self._version:  # else: a publish came between; load that one too
+                break
+        async with self._changed:
+            self._healthy.add(name)
+            self._changed.notify_all()
+        logger.warning("%s is back with version %d", name, self._version)
+
+    async def status(self) -> dict[str, float]:
+        """Figures for metrics and progress."""
+        return {
+            "version": self._version,
+            "generators_healthy": len(self._healthy),
+            "generator_failures": self._num_generator_failures,
+            "groups_outstanding": sum(self._outstanding.values()),
+        }

@@ -1,0 +1,214 @@
+"""The stream of grouped rollouts: tickets -> rollout stage -> reward stage -> learners, in Ray Data.
+
+A segment is one Ray Data execution. Its rows start as tickets (integers); each becomes exactly one group, always: errors are columns,
+never dropped rows. What the stages wait for, and what unblocks them:
+
+    rollout stage   a claim from the controller        the learners publish a version that is new enough
+                    a generator's completions          the generator's engine
+    reward stage    a rollout group                    the rollout stage
+    learner         the next group in ticket order     the reward stage
+
+Claims are made in ticket order and rows reach the learners in ticket order, so the rows a learner waits for are always among the
+admitted ones: the gate (controller.py) cannot deadlock. Three settings of Ray Data carry that (pipeline.md, section 2, gives the
+measurements): order is preserved; every row is a block of its own, or a block would wait for a row behind the gate; no shard locality,
+which buffers rows for a "nearer" learner while the others starve.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+
+from raygrpo.config import RewardConfig
+from raygrpo.rewards import Scorer
+from raygrpo.types import (
+    RolloutGroup,
+    ScoredGroup,
+    group_to_row,
+    row_to_group,
+    row_to_scored_group,
+    scored_group_to_row,
+)
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from raygrpo.roles.controller import Claim
+
+PROMPT_TYPE = pa.struct(
+    [
+        ("prompt_id", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("answer", pa.string()),  # JSON
+        ("row", pa.string()),  # JSON
+    ]
+)
+ROLLOUT_TYPE = pa.struct(
+    [
+        ("completion_ids", pa.list_(pa.int32())),
+        ("behaviour_logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+REWARD_TYPE = pa.struct([("total", pa.float64()), ("components", pa.list_(pa.float64())), ("error", pa.string())])
+GROUP_SCHEMA = pa.schema(
+    [
+        ("ticket", pa.int64()),
+        ("prompt", PROMPT_TYPE),
+        ("policy_version", pa.int64()),
+        ("rollouts", pa.list_(ROLLOUT_TYPE)),
+        ("generator", pa.string()),
+        ("generate_start_s", pa.float64()),
+        ("generate_end_s", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+SCORED_GROUP_SCHEMA = pa.schema(
+    [
+        ("group", pa.struct(list(GROUP_SCHEMA))),
+        ("rewards", pa.list_(REWARD_TYPE)),
+        ("score_start_s", pa.float64()),
+        ("score_end_s", pa.float64()),
+    ]
+)
+
+CALLS_PER_PROXY = 64  # threads of one proxy, each waiting for one group; beyond that, more proxies
+
+
+def groups_to_table(groups: list[RolloutGroup]) -> pa.Table:
+    return pa.Table.from_pylist([group_to_row(group) for group in groups], schema=GROUP_SCHEMA)
+
+
+def table_to_groups(table: pa.Table) -> list[RolloutGroup]:
+    return [row_to_group(row) for row in table.to_pylist()]
+
+
+def scored_groups_to_table(groups: list[ScoredGroup]) -> pa.Table:
+    return pa.Table.from_pylist([scored_group_to_row(group) for group in groups], schema=SCORED_GROUP_SCHEMA)
+
+
+def table_to_scored_groups(table: pa.Table) -> list[ScoredGroup]:
+    return [row_to_scored_group(row) for row in table.to_pylist()]
+
+
+class RolloutStage:
+    """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the group."""
+
+    def __init__(self, controller: ActorHandle):
+        self._controller = controller
+
+    def __call__(self, tickets: pa.Table) -> pa.Table:
+        return groups_to_table([self._roll_out(row) for row in tickets["id"].to_pylist()])
+
+    def _roll_out(self, row: int) -> RolloutGroup:
+        """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and seeds."""
+        while True:
+            claim: Claim = ray.get(self._controller.claim.remote(row))
+            if claim.generator is None:
+                return _failed_group(claim)
+            try:
+                group = ray.get(
+                    claim.generator.generate.remote(claim.ticket, claim.prompt, claim.seeds, claim.min_version)
+                )
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                self._controller.release.remote(claim.ticket, claim.generator_name, f"{type(error).__name__}: {error}")
+                continue
+            self._controller.release.remote(claim.ticket, claim.generator_name, None)
+            return group
+
+
+def _failed_group(claim: Claim) -> RolloutGroup:
+    now = time.time()
+    return RolloutGroup(
+        ticket=claim.ticket,
+        prompt=claim.prompt,
+        policy_version=claim.min_version,
+        rollouts=[],
+        generator="",
+        generate_start_s=now,
+        generate_end_s=now,
+        error=claim.error,
+    )
+
+
+class RewardStage:
+    """Scores one group at a time; the Scorer bounds what user code can do."""
+
+    def __init__(self, config: RewardConfig, import_paths: list[str]):
+        self._scorer = Scorer(config, import_paths)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return scored_groups_to_table([self._scorer.score(group) for group in table_to_groups(table)])
+
+
+def segment_dataset(
+    num_tickets: int, controller: ActorHandle, reward: RewardConfig, import_paths: list[str], *, groups_in_flight: int
+) -> ray.data.Dataset:
+    """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order.
+
+    groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout stage waits for as
+    many at once.
+    """
+    groups_in_flight = min(groups_in_flight, num_tickets)
+    num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
+    calls = math.ceil(groups_in_flight / num_proxies)
+    return (
+        ray.data.range(num_tickets, override_num_blocks=num_tickets)
+        .map_batches(
+            RolloutStage,
+            fn_constructor_args=(controller,),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0.01,
+            compute=ray.data.ActorPoolStrategy(
+                size=num_proxies,
+                max_concurrent_calls_per_actor=calls,
+                max_tasks_in_flight_per_actor=2 * calls,
+                enable_true_multi_threading=True,
+            ),
+        )
+        .map_batches(
+            RewardStage,
+            fn_constructor_args=(reward, import_paths),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=reward.num_cpus,
+            compute=ray.data.ActorPoolStrategy(size=reward.num_workers),
+        )
+    )
+
+
+def data_config() -> ray.train.DataConfig:
+    """How Ray Train splits the stream among learners: in ticket order, round robin, without locality (see the module docstring)."""
+    import ray.train
+
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
+
+
+def configure_ray_data() -> None:
+    """Settings of the process's DataContext: no timeout of Ray Data's own, no progress bars beside ours."""
+    context = ray.data.DataContext.get_current()
+    context.execution_no_progress_timeout_s = -1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:
+    """`next`-like function over a learner's share of a segment, one scored group a call, nothing fetched ahead of need."""
+    batches = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    pending: list[ScoredGroup] = []
+
+    def next_group() -> ScoredGroup:
+        while not pending:
+            pending.extend(table_to_scored_groups(next(batches)))
+        return pending.pop(0)
+
+    return next_group
