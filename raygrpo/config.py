@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import difflib
 import os
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from raygrpo.presets import PRESETS
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -40,14 +50,22 @@ class DataConfig(Section):
     source: str
     """A .jsonl or .parquet file or a glob of them (relative to the YAML's directory), a Hugging Face dataset name, or `module:function`
     that returns an iterable of dicts."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset, e.g. main of openai/gsm8k; files and functions have none."""
     split: str = "train"
-    """Split of a Hugging Face dataset; files and functions have none."""
+    """Split of a Hugging Face dataset, slices included, e.g. train[:1000]; files and functions have none."""
+    args: dict[str, Any] = {}
+    """Keyword arguments for `module:function`."""
+    max_rows: PositiveInt | None = None
+    """Read only the first rows of the source."""
     prompt: str = "prompt"
     """Column with the prompt: a text, or a list of chat messages ({role, content}) for the tokenizer's chat template."""
     answer: str | None = "answer"
     """Column with the reference answer (any JSON value), or null where rewards need none."""
     system_prompt: str | None = None
     """Put before every prompt as a system message; a text prompt then becomes the user message of a chat."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed to the chat template as they are, e.g. enable_thinking."""
     shuffle: bool = True
     """Draw a new order for each epoch from `seed`; otherwise the order of the source."""
     max_prompt_tokens: PositiveInt | None = None
@@ -56,22 +74,19 @@ class DataConfig(Section):
     """What happens to a longer prompt: stop before the run, or leave it out and count it."""
     invalid_rows: Literal["error", "drop"] = "error"
     """What happens to a row that is malformed or has an empty prompt: stop, naming file and line, or leave it out and count it."""
-    args: dict[str, Any] = {}
-    """Keyword arguments for `module:function`."""
 
 
 class RewardFunctionConfig(Section):
     use: str
-    """`exact_match`, `numeric_match`, `format`, or `module:function`. The function is called once per completion with the arguments it
-    names: completion, answer, prompt, row, finish_reason; it returns a number."""
-    weight: float = 1.0
+    """`exact_match`, `numeric_match`, `format`, or `module:name` of a function or class (rewards/functions.py says how each is called)."""
+    weight: FiniteFloat = 1.0
     """Factor of this function's value in the total reward."""
     name: str | None = None
     """Name in metrics (`reward/<name>`); null: the function's own name."""
     timeout_s: PositiveFloat = 30.0
     """A call that takes longer is a failure of that rollout."""
     args: dict[str, Any] = {}
-    """Further keyword arguments for the function."""
+    """Further keyword arguments: for a function at each call, for a class when it is made."""
 
     @property
     def metric_name(self) -> str:
@@ -161,13 +176,129 @@ class LearnerConfig(Section):
     """DeepSpeed configuration as it is. Keys that follow from other settings (batch sizes, optimizer, precision, clipping) are refused."""
 
 
+class AdvantageConfig(Section):
+    baseline: Literal["group", "leave_one_out", "none"] = "group"
+    """What a reward is compared with: the mean of its group, of the group's other completions (RLOO), or nothing."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Divide by the standard deviation of the group's rewards (GRPO), of the whole step's, or not at all (Dr. GRPO)."""
+    per_reward: bool = False
+    """Give each reward function advantages of its own, then weigh and add them (GDPO); else add rewards first."""
+    whiten: Literal["none", "rollouts", "tokens"] = "none"
+    """At last give the step's advantages mean 0 and deviation 1 (REINFORCE++), over rollouts or over their tokens."""
+    eps: NonNegativeFloat = 1e-6
+    """Added to every standard deviation that divides."""
+
+    @model_validator(mode="after")
+    def _scalable(self) -> AdvantageConfig:
+        if self.baseline == "none" and self.scale != "none":
+            raise ValueError(
+                f"advantage.scale {self.scale} needs a baseline, and advantage.baseline is none: set one, or scale none "
+                "with whiten rollouts, which centres and scales over the step"
+            )
+        return self
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether an advantage depends on the step's other groups: then a rank's own groups are not enough."""
+        return self.scale == "batch" or self.whiten != "none"
+
+
+class KLConfig(Section):
+    coef: NonNegativeFloat = 0.0
+    """Weight of the penalty for leaving the frozen reference policy; 0: no reference policy is loaded."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimate: log ratio, half its square, or the unbiased and never negative k3."""
+    placement: Literal["loss", "reward"] = "loss"
+    """Add the penalty to the loss of each token, or subtract its sum over a completion from the reward."""
+    target: PositiveFloat | None = None
+    """Steer `coef`, from its value here, so that the mean KL of a token stays near this; null: `coef` is fixed."""
+    horizon: PositiveInt = 10_000
+    """Completions over which the steered `coef` reacts: larger is slower."""
+
+    @model_validator(mode="after")
+    def _steerable(self) -> KLConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError(f"kl.target ({self.target}) multiplies kl.coef, which is 0 and would stay 0: set kl.coef")
+        return self
+
+
+class CorrectionConfig(Section):
+    level: Literal["token", "sequence", "sequence_mean", "none"] = "token"
+    """Weigh the loss by learner over sampler probability: of each token, of the whole completion, the geometric mean of
+    its tokens, or not at all."""
+    action: Literal["truncate", "mask"] = "truncate"
+    """A weight outside [floor, cap] is moved to the bound (truncated importance sampling) or set to 0 (IcePop)."""
+    floor: NonNegativeFloat = 0.0
+    cap: PositiveFloat = 2.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CorrectionConfig:
+        if self.floor > self.cap:
+            raise ValueError(f"correction.floor ({self.floor}) is above correction.cap ({self.cap})")
+        return self
+
+
+class OverlongConfig(Section):
+    mask: bool = False
+    """Completions cut off at max_tokens have no loss; their rewards still count in their group."""
+    buffer: Probability = 0.0
+    """Share of max_tokens at its end over which a length penalty rises from 0 to `penalty` (DAPO); 0: no penalty."""
+    penalty: NonNegativeFloat = 1.0
+    """Subtracted from the reward of a completion of max_tokens tokens, when `buffer` is above 0."""
+
+
 class AlgorithmConfig(Section):
-    advantage_scale: Literal["std", "none"] = "std"
-    """Divide a group's advantages by the spread of its rewards (GRPO), or not (Dr. GRPO)."""
+    preset: str | None = None
+    """Named settings to start from (presets.py); any field set beside it wins. `algorithm: dapo` is short for
+    `algorithm: {preset: dapo}`."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: Literal["ppo_clip", "cispo", "sapo"] = "ppo_clip"
+    """Surrogate: clipped ratio (PPO; GSPO with sequence_mean), clipped detached weight (CISPO), soft gate (SAPO)."""
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    """Policy ratio in the surrogate: of each token, of the whole completion, or its geometric mean per token (GSPO)."""
     clip_low: NonNegativeFloat = 0.2
-    """The policy ratio counts down to 1 - clip_low."""
+    """The policy ratio counts down to 1 - clip_low. Not used by sapo."""
     clip_high: NonNegativeFloat = 0.2
-    """The policy ratio counts up to 1 + clip_high."""
+    """The policy ratio counts up to 1 + clip_high. Not used by sapo."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """Bound of the ratio for negative advantages (ppo_clip only), e.g. 3; null: none."""
+    sapo_temperature_positive: PositiveFloat = 1.0
+    """Steepness of SAPO's gate for positive advantages."""
+    sapo_temperature_negative: PositiveFloat = 1.05
+    """Steepness of SAPO's gate for the other advantages."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """Mean over all tokens of the step; mean over completions of their token means; mean over completions of their
+    token sums, divided by aggregation_length (Dr. GRPO)."""
+    aggregation_length: PositiveInt | None = None
+    """Constant that sequence_sum divides by; null: generator.sampling.max_tokens."""
+    kl: KLConfig = KLConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    overlong: OverlongConfig = OverlongConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        given = {"preset": given} if isinstance(given, str) else given
+        if not isinstance(given, dict) or given.get("preset") is None:
+            return given
+        name = given["preset"]
+        if name not in PRESETS:
+            nearest = difflib.get_close_matches(str(name), PRESETS, n=1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(f"unknown algorithm.preset {name!r}: {hint}known are {', '.join(PRESETS)}")
+        return _merge(PRESETS[name], given)
+
+    @model_validator(mode="after")
+    def _applicable(self) -> AlgorithmConfig:
+        if self.dual_clip is not None and self.loss != "ppo_clip":
+            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) belongs to loss ppo_clip, not to {self.loss}")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be above 1 + clip_high ({self.clip_high})")
+        if self.loss == "ppo_clip" and self.clip_low > 1:
+            raise ValueError(f"algorithm.clip_low ({self.clip_low}) is above 1: the ratio is never negative")
+        return self
 
 
 class TrackingConfig(Section):
@@ -176,8 +307,166 @@ class TrackingConfig(Section):
     experiment: str = "raygrpo"
     """MLflow experiment."""
     samples_every: NonNegativeInt = 10
-    """Steps between tables of sampled rollouts; 0: none."""
+    """Steps between tables (and traces) of sampled rollouts; 0: none."""
     num_samples: PositiveInt = 8
-    """Rollouts in such a table."""
+    """Rollouts in such a table, drawn at random from the step."""
+    num_traces: NonNegativeInt = 3
+    """Groups shown as traces at such a step: the best, the worst, then others at random; 0: none."""
     figure_every: NonNegativeInt = 10
     """Steps between refreshes of the reward-curve figure; 0: only at the end."""
+    system_metrics: bool = True
+    """Log CPU, memory and disk of the machine that tracks, averaged over each step."""
+    finish_timeout_s: NonNegativeFloat = 60.0
+    """Longest wait, at the end of a run, for an MLflow server that does not answer; the rest stays in the run's directory for later."""
+
+
+class RunConfig(Section):
+    name: str
+    """Of the run, in directories and in MLflow; by default the YAML's file name."""
+    seed: NonNegativeInt = 0
+    """Of prompts' order, sampling and initialisation; the same seed draws the same prompts and sample seeds."""
+    num_steps: PositiveInt
+    """Steps to train; each ends with a published version of the policy."""
+    groups_per_step: PositiveInt
+    """Prompts in a step."""
+    group_size: Annotated[int, Field(ge=1)] = 8
+    """Completions for each prompt."""
+    max_staleness: NonNegativeInt = 0
+    """How many versions a group's policy may lag behind the learner's: 0 is on-policy; from 1 on, generating and learning overlap."""
+    output_dir: str = "runs"
+    """Where runs are written, each in a directory of its own (relative to the current directory)."""
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig
+    generator: GeneratorConfig = GeneratorConfig()
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.groups_per_step * self.group_size
+
+    @model_validator(mode="after")
+    def _sound_sampling(self) -> RunConfig:
+        sampling = self.generator.sampling
+        cuts = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0, "min_p": sampling.min_p > 0}
+        cut = ", ".join(f"{name}={getattr(sampling, name)}" for name, on in cuts.items() if on)
+        if cut and self.algorithm.correction.level == "none":
+            raise ValueError(
+                f"generator.sampling has {cut} but algorithm.correction.level is none: completions would come from a "
+                "truncated distribution and be trained as if from the policy itself; set algorithm.correction.level to "
+                "token, or sample without cuts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _resolved_algorithm(self) -> RunConfig:
+        algorithm = self.algorithm
+        if algorithm.aggregation == "sequence_sum" and algorithm.aggregation_length is None:
+            # The default of a field of one section is a value of another: only the tree can fill it in.
+            length = self.generator.sampling.max_tokens
+            object.__setattr__(self, "algorithm", algorithm.model_copy(update={"aggregation_length": length}))
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.groups_per_step % self.learner.num_workers:
+            raise ValueError(
+                f"groups_per_step ({self.groups_per_step}) is not divisible by learner.num_workers "
+                f"({self.learner.num_workers}): every learner must get the same number of groups"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML, apply `key.subkey=value` overrides (values are YAML) and validate the whole.
+
+    Relative paths of model and data are meant from the YAML's directory in the file, from the current directory in an override.
+    Raises ValueError with one line for each problem; an unknown key names the nearest known one.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
+    if isinstance(tree.get("algorithm"), str):  # short for its preset, beside which an override may set fields
+        tree["algorithm"] = {"preset": tree["algorithm"]}
+    _resolve_paths(tree, path.parent)
+    overridden: dict[str, Any] = {}
+    for override in overrides or []:
+        _set_override(overridden, override)
+    _resolve_paths(overridden, Path.cwd())
+    tree = {"name": path.stem} | _merge(tree, overridden)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _set_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"an override is key=value, for example seed=1 or learner.optimizer.lr=1e-5; got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value in {override!r} is not valid YAML: {error}") from None
+    key = "algorithm.preset" if key == "algorithm" and isinstance(value, str) else key
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{override!r} sets a key inside {parent!r}, which another override set to {tree!r}")
+    tree[leaf] = value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; anything else is replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _resolve_paths(tree: dict[str, Any], directory: Path) -> None:
+    """Make local paths absolute, in place. A name that is no path here (hub name, module:function) stays as it is."""
+    for section, key in (("model", "path"), ("data", "source")):
+        value = (tree.get(section) or {}).get(key) if isinstance(tree.get(section) or {}, dict) else None
+        if not isinstance(value, str):
+            continue
+        expanded = Path(value).expanduser()
+        local = value.startswith(("./", "../", "/", "~")) or value.endswith((".jsonl", ".parquet"))
+        if local or (directory / expanded).exists():
+            tree[section][key] = os.path.normpath((directory / expanded).absolute())
+
+
+def _explain(problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, unknown = problem["loc"]
+        known = _keys_at(parents)
+        nearest = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(known)}"
+        return f"  unknown key {location!r}: {hint}"
+    if problem["type"] == "missing":
+        return f"  missing key {location!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"  {location}: {message} (got {problem['input']!r})" if problem["type"] != "value_error" else f"  {message}"
+
+
+def _keys_at(location: list[Any]) -> list[str]:
+    """The known keys of the section at this place of the tree."""
+    section: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), section)
+    return list(section.model_fields)
