@@ -1,0 +1,96 @@
+"""The picture of a run: does it learn, does it still have something to learn from, and how long are its answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raygrpo.types import StepMetrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, BLUE, ORANGE, GREEN, GRID = "#333333", "#2563eb", "#d97706", "#059669", "#e5e7eb"
+
+
+def smooth(values: np.ndarray, span: int) -> np.ndarray:
+    """Exponential moving average with weight 2 / (span + 1), unbiased at its start; NaN counts as no observation. values: [N]."""
+    decay = 1.0 - 2.0 / (span + 1.0)
+    smoothed, total, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        total, weight = total * decay, weight * decay
+        if np.isfinite(value):
+            total, weight = total + (1.0 - decay) * value, weight + (1.0 - decay)
+        smoothed[i] = total / weight if weight > 0 else np.nan
+    return smoothed
+
+
+def draw_reward_curve(history: dict[int, StepMetrics], name: str, path: Path) -> bool:
+    """Write the figure to `path` (PNG); False, and no file, where no step has a reward yet."""
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # a canvas of our own: pyplot's state is not for threads
+    from matplotlib.figure import Figure
+
+    steps = np.array([step for step, metrics in history.items() if "reward/mean" in metrics])
+    if not len(steps):
+        return False
+
+    def series(metric: str) -> np.ndarray:
+        return np.array([history[step].get(metric, np.nan) for step in steps])
+
+    span = max(5, len(steps) // 12)
+    figure = Figure(figsize=(9, 6.4), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    reward, dead, length = figure.subplots(3, 1, sharex=True, height_ratios=[3.2, 1, 1.2])
+    mean = series("reward/mean")
+    trend = smooth(mean, span)
+    spread = smooth(series("reward/std"), span)
+    figure.suptitle(
+        f"{name}: reward {trend[0]:.2f} → {trend[-1]:.2f} in {len(steps)} steps", color=INK, fontsize=13, weight="bold"
+    )
+
+    reward.fill_between(
+        steps, trend - spread, trend + spread, color=BLUE, alpha=0.12, lw=0, label="± std between completions"
+    )
+    reward.plot(steps, mean, color=BLUE, alpha=0.35, lw=1, marker="o", ms=2.5, label="each step")
+    reward.plot(steps, trend, color=BLUE, lw=2.4, label=f"smoothed over {span} steps")
+    reward.set_ylabel("reward")
+    reward.legend(loc="best", frameon=False, fontsize=8)
+
+    dead.plot(steps, 100 * series("reward/frac_zero_std"), color=ORANGE, lw=1.4)
+    dead.set_ylim(-4, 104)
+    dead.set_ylabel("groups with\nequal rewards, %")
+
+    length.plot(steps, series("completions/mean_length"), color=GREEN, lw=1.4, label="mean length")
+    length.set_ylabel("completion\ntokens")
+    clipped = length.twinx()
+    clipped.plot(steps, 100 * series("completions/clipped_ratio"), color=INK, lw=1, ls=":", label="cut off")
+    clipped.set_ylim(-4, 104)
+    clipped.set_ylabel("cut off, %")
+    length.set_xlabel("step")
+    for axes in (reward, dead, length, clipped):
+        _tidy(axes, grid=axes is not clipped)
+    length.xaxis.get_major_locator().set_params(integer=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial)
+    os.replace(partial, path)  # a reader never sees half a picture
+    return True
+
+
+def _tidy(axes: Axes, *, grid: bool) -> None:
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(side == "bottom" and grid)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.yaxis.label.set(color=INK, fontsize=9)
+    axes.xaxis.label.set(color=INK, fontsize=9)
+    axes.margins(x=0.01)
+    if grid:
+        axes.grid(axis="y", color=GRID, lw=0.8)
+        axes.set_axisbelow(True)

@@ -1,0 +1,142 @@
+"""What a run has tracked, on the local disk: nothing is lost when MLflow, or this process, goes away.
+
+`metrics.jsonl` holds one line per logged step, for ever: the local truth, from which a store that missed something is filled.
+`spool/` holds one file per thing that is not a metric (a table, a trace, an artifact, a change of status) until the store has it.
+Neither raises for a full or broken disk: what cannot be written is kept in memory and said loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+SPOOL_DIR = "spool"
+
+Item = dict[str, Any]  # JSON; `kind` says what it is and so how store.py delivers it
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The metrics of one call of `log_step`. `time_ms` identifies the point in MLflow: sent twice, it is stored once."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+    def to_line(self) -> str:
+        """One line of strict JSON: a value that is not finite becomes the text "nan", "inf" or "-inf"."""
+        metrics = {name: value if math.isfinite(value) else str(value) for name, value in self.metrics.items()}
+        return json.dumps({"step": self.step, "time_ms": self.time_ms, "metrics": metrics}) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Record:
+        fields = json.loads(line)
+        metrics = {name: float(value) for name, value in fields["metrics"].items()}
+        return cls(int(fields["step"]), int(fields["time_ms"]), metrics)
+
+
+@dataclass(slots=True)
+class Spooled:
+    """An item that the store does not have yet; `path` is None where the disk refused it."""
+
+    item: Item
+    path: Path | None
+
+
+@dataclass(slots=True)
+class Journal:
+    """The two, under one run's directory."""
+
+    run_dir: Path
+    _next_number: int = field(default=0, init=False)
+    _disk_failed: bool = field(default=False, init=False)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.run_dir / METRICS_FILE
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.run_dir / SPOOL_DIR
+
+    def load_records(self) -> list[Record]:
+        """Everything logged so far, in order. A line torn by a crash is skipped, and said."""
+        try:
+            text = self.metrics_path.read_text()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._complain(error)
+            return []
+        records = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                records.append(Record.from_line(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                if line.strip():
+                    logger.warning(
+                        "%s, line %d is not a record of metrics (torn by a crash?): left out", self.metrics_path, number
+                    )
+        if text and not text.endswith("\n"):  # what is appended next must not join the torn line
+            self._write(self.metrics_path, "\n", mode="a")
+        return records
+
+    def append(self, record: Record) -> None:
+        self._write(self.metrics_path, record.to_line(), mode="a")
+
+    def load_spool(self) -> list[Spooled]:
+        """What an earlier process could not deliver, oldest first."""
+        spooled = []
+        for path in sorted(self.spool_dir.glob("*.json")):
+            try:
+                self._next_number = max(self._next_number, int(path.stem.partition("-")[0]) + 1)
+                spooled.append(Spooled(json.loads(path.read_text()), path))
+            except (OSError, ValueError) as error:
+                logger.warning("the spooled file %s cannot be read (%s): left out", path, error)
+        return spooled
+
+    def spool(self, item: Item) -> Spooled:
+        path = self.spool_dir / f"{self._next_number:08d}-{item['kind']}.json"
+        self._next_number += 1
+        written = self._write(path, json.dumps(item), mode="w")
+        return Spooled(item, path if written else None)
+
+    def delivered(self, spooled: Spooled) -> None:
+        if spooled.path is not None:
+            spooled.path.unlink(missing_ok=True)
+
+    def reject(self, spooled: Spooled) -> None:
+        """The store will never take it: out of the way, but not thrown away."""
+        if spooled.path is not None:
+            spooled.path.replace(spooled.path.with_suffix(".rejected"))
+
+    def _write(self, path: Path, text: str, mode: str) -> bool:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if mode == "w":  # whole or not at all
+                partial = path.with_suffix(".partial")
+                partial.write_text(text)
+                os.replace(partial, path)
+            else:
+                with path.open(mode) as file:
+                    file.write(text)
+        except OSError as error:
+            self._complain(error)
+            return False
+        self._disk_failed = False
+        return True
+
+    def _complain(self, error: OSError) -> None:
+        if not self._disk_failed:  # once for each time the disk fails, not once a step
+            logger.error(
+                "tracking cannot use %s (%s): metrics are kept in memory only, until it can", self.run_dir, error
+            )
+        self._disk_failed = True

@@ -1,0 +1,43 @@
+"""Which rollouts of a step are shown, and as which table."""
+
+from __future__ import annotations
+
+import random
+
+from raygrpo.tracking.journal import Item
+from raygrpo.types import ScoredGroup
+
+COLUMNS = ["step", "prompt_id", "sample", "prompt", "completion", "answer", "reward", "advantage"]
+LAST_COLUMNS = ["finish_reason", "num_prompt_tokens", "num_tokens", "policy_version", "generator", "error"]
+
+
+def sample_table(
+    step: int,
+    groups: list[ScoredGroup],
+    advantages: list[list[float]],
+    components: list[str],
+    num_samples: int,
+    seed: int,
+) -> Item | None:
+    """A table of `num_samples` rollouts drawn uniformly from the step, those of one prompt together, best first.
+
+    `advantages`: for each group one list with a value per rollout. `components`: names of the reward functions, in order. The draw
+    depends on `seed` and `step` alone. None where the step has no rollout at all.
+    """
+    places = [(g, r) for g, scored in enumerate(groups) for r in range(len(scored.group.rollouts))]
+    if not places:
+        return None
+    chosen = random.Random(f"{seed}/{step}").sample(places, min(num_samples, len(places)))
+    chosen.sort(key=lambda place: (place[0], -groups[place[0]].rewards[place[1]].total, place[1]))
+    rows = []
+    for g, r in chosen:
+        group, rollout, reward = groups[g].group, groups[g].group.rollouts[r], groups[g].rewards[r]
+        prompt = group.prompt
+        rows.append(
+            [step, prompt.prompt_id, r, prompt.text, rollout.text, prompt.answer, reward.total, advantages[g][r]]
+            + list(reward.components)
+            + [rollout.finish_reason, len(prompt.prompt_ids), len(rollout.completion_ids)]
+            + [group.policy_version, group.generator, reward.error]
+        )
+    columns = COLUMNS + [f"reward/{name}" for name in components] + LAST_COLUMNS
+    return {"kind": "table", "artifact_file": f"samples/step_{step:06d}.json", "columns": columns, "data": rows}

@@ -1,0 +1,285 @@
+"""One MLflow run: entering it, and delivering to it what the journal holds. Every word said to MLflow is said here.
+
+Nothing here retries: a failed call raises, the tracker waits and connects anew, and `connect` reads from the store what it has, so
+that whatever happened to the failed call nothing is lost and nothing is stored twice. MLflow is imported on the first connection (it
+takes seconds), in the tracker's thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raygrpo.config import RunConfig
+from raygrpo.tracking.describe import description, flatten, provenance_tags
+from raygrpo.tracking.journal import Item, Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
+
+# MLflow's limits.
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_KEY = 250
+MAX_PARAM_VALUE = 6000
+MAX_TAG_VALUE = 8000
+
+RUN_KEY_TAG = "raygrpo.run_key"
+REPEATED_STEPS_TAG = "raygrpo.repeated_steps"
+CHANGED_PARAMS_TAG = "raygrpo.changed_on_resume"
+TABLES_TAG = (
+    "mlflow.loggedArtifacts"  # lists the tables, so that the UI shows them as such and mlflow.load_table finds them
+)
+
+
+def resolve_tracking_uri(config: RunConfig) -> str:
+    """Where this run is tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else a sqlite file in `output_dir`; paths made absolute.
+
+    Raises ValueError for a store of plain files, which MLflow no longer writes.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{Path(config.output_dir).expanduser().absolute() / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+    if ("://" not in uri and not uri.startswith("databricks")) or uri.startswith("file:"):
+        raise ValueError(
+            f"the tracking URI {uri!r} is a directory, which MLflow no longer writes to: set tracking.uri (or MLFLOW_TRACKING_URI) "
+            f"to a database such as sqlite:///{Path(config.output_dir) / 'mlflow.db'}, or to a server such as http://127.0.0.1:5000"
+        )
+    return uri
+
+
+def ui_command(uri: str) -> str | None:
+    """The command that opens the MLflow UI on this store; None where a server shows it already."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return None
+    mlflow = Path(sys.executable).with_name("mlflow")
+    program = "mlflow" if shutil.which("mlflow") == str(mlflow) or not mlflow.exists() else str(mlflow)
+    return shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", uri])
+
+
+def run_url(uri: str, experiment_id: str, run_id: str) -> str:
+    """The run's page; on port 5000 of this machine (as `ui_command` serves it) where the store is no server."""
+    server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else "http://127.0.0.1:5000"
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def metric_name(name: str) -> str:
+    """The name as MLflow takes it: other characters become "_", and what it would read as a path is flattened."""
+    name = re.sub(r"[^\w./ :-]", "_", name)
+    name = posixpath.normpath(name).lstrip("/")
+    return ("_" if name in ("", ".") else name.replace("..", "__"))[:MAX_KEY]
+
+
+@dataclass(slots=True)
+class MlflowRun:
+    """A run on an MLflow store. `connect` first; after an exception from anything, `connect` again."""
+
+    config: RunConfig
+    run_dir: Path
+    uri: str
+    run_key: str  # ours: finds the run again where MLflow created it and its answer was lost
+    run_id: str | None  # to enter; None: a new one
+    start_time_ms: int
+    tags: dict[str, str]
+    links: dict[str, str]
+    resume_command: str | None
+    experiment_id: str = field(default="", init=False)
+    # What the store has: metric name -> step -> (time in ms, value).
+    points: dict[str, dict[int, tuple[int, float]]] = field(default_factory=dict, init=False)
+    _client: MlflowClient | None = field(default=None, init=False)
+    _repeated: set[int] = field(default_factory=set, init=False)
+    _told: str = field(default="", init=False)
+    _described: bool = field(default=False, init=False)
+
+    @property
+    def client(self) -> MlflowClient:
+        assert self._client is not None, "connect first"
+        return self._client
+
+    def connect(self) -> None:
+        """Enter the run, or create it, and read what it has."""
+        _quiet_mlflow()
+        from mlflow import MlflowClient
+
+        if self._client is None:
+            if self.uri.startswith("sqlite:///"):
+                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            self._client = MlflowClient(tracking_uri=self.uri)
+        self.experiment_id = self._enter_experiment()
+        run = self._find_run()
+        if run is None:
+            run = self.client.create_run(
+                self.experiment_id,
+                start_time=self.start_time_ms,
+                tags={RUN_KEY_TAG: self.run_key},
+                run_name=self.config.name,
+            )
+            self._described = False
+        self.run_id = run.info.run_id
+        self.experiment_id = run.info.experiment_id
+        self.points = {name: self._read_points(name) for name in run.data.metrics}
+        if not self._described:
+            self._describe(run)
+            self._described = True
+
+    def log_metrics(self, records: list[Record]) -> None:
+        """Deliver the points that the store lacks, in order. One call for a step; more, or more steps in one, after an outage."""
+        from mlflow.entities import Metric
+
+        missing: list[Metric] = []
+        for record in records:
+            for name, value in record.metrics.items():
+                if not math.isfinite(value):  # would ruin the chart's axes; the journal has it
+                    continue
+                name = metric_name(name)
+                known = self.points.setdefault(name, {})
+                if record.step not in known:
+                    known[record.step] = (record.time_ms, value)
+                    missing.append(Metric(name, value, record.time_ms, record.step))
+                elif known[record.step][0] != record.time_ms:
+                    self._repeated.add(record.step)
+        for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
+            self.client.log_batch(self._id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
+        self._tell_repeated()
+
+    def deliver(self, item: Item) -> None:
+        """One spooled item. Delivering it again does no harm."""
+        match item["kind"]:
+            case "artifact":
+                self.client.log_artifact(self._id, item["path"], item["artifact_path"])
+            case "text":
+                self.client.log_text(self._id, item["text"], item["artifact_file"])
+            case "table":
+                self._deliver_table(item["artifact_file"], item["columns"], item["data"])
+            case "status" if item["end_time_ms"] is None:
+                self.client.update_run(self._id, status=item["status"])
+            case "status":
+                self.client.set_terminated(self._id, status=item["status"], end_time=item["end_time_ms"])
+            case kind:
+                raise ValueError(f"unknown kind of spooled item: {kind!r}")
+
+    @property
+    def _id(self) -> str:
+        assert self.run_id is not None, "connect first"
+        return self.run_id
+
+    def _enter_experiment(self) -> str:
+        name = self.config.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            local = not self.uri.startswith(("http://", "https://", "databricks"))
+            # A store without a server would otherwise put artifacts under the directory that we happen to run in.
+            artifacts = (
+                (Path(self.config.output_dir).expanduser().absolute() / "mlartifacts").as_uri() if local else None
+            )
+            return self.client.create_experiment(name, artifact_location=artifacts)
+        if experiment.lifecycle_stage != "active":
+            raise RuntimeError(
+                f"the MLflow experiment {name!r} (id {experiment.experiment_id}) is deleted: restore it with `mlflow experiments "
+                f"restore -x {experiment.experiment_id}`, or set tracking.experiment to another name"
+            )
+        return experiment.experiment_id
+
+    def _find_run(self) -> Run | None:
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is not None:
+            try:
+                run = self.client.get_run(self.run_id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+                reason = "it is deleted"
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                reason = str(error)
+            logger.error(
+                "the MLflow run %s cannot be continued at %s (%s): a new run gets everything that %s holds",
+                self.run_id, self.uri, reason, self.run_dir,
+            )  # fmt: skip
+            self.run_id = None
+        found = self.client.search_runs([self.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self.run_key}'", max_results=1)
+        return found[0] if found else None
+
+    def _read_points(self, name: str) -> dict[int, tuple[int, float]]:
+        return {point.step: (point.timestamp, point.value) for point in self.client.get_metric_history(self._id, name)}
+
+    def _describe(self, run: Run) -> None:
+        """Parameters, tags and description: what a person wants to know of the run, and how to continue it."""
+        from mlflow.entities import Param, RunTag
+
+        params = {
+            key: _truncated(value, MAX_PARAM_VALUE)
+            for key, value in flatten(self.config.model_dump(mode="json")).items()
+        }
+        changed = [f"{k}: {run.data.params[k]} -> {v}" for k, v in params.items() if run.data.params.get(k, v) != v]
+        if changed:
+            logger.warning(
+                "settings differ from those that the MLflow run started with, which it keeps: %s", "; ".join(changed)
+            )
+            self.client.set_tag(self._id, CHANGED_PARAMS_TAG, _truncated("; ".join(changed), MAX_TAG_VALUE))
+        new = [Param(key[:MAX_KEY], value) for key, value in params.items() if key not in run.data.params]
+        for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
+            self.client.log_batch(self._id, params=new[start : start + MAX_PARAMS_PER_BATCH])
+        tags = provenance_tags() | self.tags
+        tags["mlflow.note.content"] = description(self.config, self.run_dir, self.links, self.resume_command)
+        tags = {key[:MAX_KEY]: _truncated(str(value), MAX_TAG_VALUE) for key, value in tags.items()}
+        self.client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _deliver_table(self, artifact_file: str, columns: list[str], data: list[list[Any]]) -> None:
+        """As MlflowClient.log_table, which appends to a file that exists: delivered twice, its rows would be there twice."""
+        self.client.log_text(self._id, json.dumps({"columns": columns, "data": data}), artifact_file)
+        tables = json.loads(self.client.get_run(self._id).data.tags.get(TABLES_TAG, "[]"))
+        entry = {"path": artifact_file, "type": "table"}
+        if entry not in tables:
+            tables.append(entry)
+            while len(json.dumps(tables)) > MAX_TAG_VALUE:  # MLflow would cut the tag in the middle; the files stay
+                tables.pop(0)
+            self.client.set_tag(self._id, TABLES_TAG, json.dumps(tables))
+
+    def _tell_repeated(self) -> None:
+        """Steps trained again after a resume: MLflow cannot replace a point, and two points at one step are worse than the first."""
+        steps = ", ".join(map(str, sorted(self._repeated)))
+        if steps != self._told:
+            logger.warning(
+                "steps trained again after a resume keep their first values in MLflow, the new ones are in %s: %s",
+                self.run_dir,
+                steps,
+            )
+            self.client.set_tag(self._id, REPEATED_STEPS_TAG, _truncated(steps, MAX_TAG_VALUE))
+            self._told = steps
+
+
+def _truncated(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _quiet_mlflow() -> None:
+    """MLflow's own progress, prints and usage statistics stay off, and its requests give up in seconds: we retry. The user's
+    settings in the environment win."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+    ):
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  # sets up its loggers, which we then turn down
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
