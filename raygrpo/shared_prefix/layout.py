@@ -1,0 +1,309 @@
+"""Which tokens a stream holds, in which order, and who sees whom.
+
+A stream is one row of T tokens made of segments. Every segment has at most one parent; a token sees its own segment
+causally and every token of the segments above it. A prompt with G completions is a root with G children, encoded once.
+Deeper trees (prompts under one system prompt, rollouts that branch) are the same thing with more levels.
+
+Segments lie level by level, so that the rows of a level, and within it the descendants of any one segment, are
+contiguous: attention reads them as views. With two levels this is the layout of Prefix Grouper (arXiv:2506.05433)
+for many groups at once:
+
+    [ P_1 | P_2 | .. | R_11 .. R_1G | R_21 .. R_2G | .. ]
+
+What attention does with a plan is attention.py; the tree is tree.py; which groups share a stream is packing.py.
+
+Shapes: T tokens in the stream, C completions in the caller's order, S completion tokens in all, R rows that predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from raygrpo.shared_prefix.tree import Segment, compress, level_order, prompt_tree
+
+TokenIds = Sequence[int]
+Group = tuple[TokenIds, Sequence[TokenIds]]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One variable-length attention call: block i of the queries sees block i of the keys.
+
+    Blocks are contiguous: queries start at row q_start of the stream, keys at row k_start. A block may be empty.
+    external: the keys are those of a prefix that was encoded before, not rows of this stream (phase_split.py).
+    """
+
+    q_start: int
+    q_lens: tuple[int, ...]
+    k_start: int
+    k_lens: tuple[int, ...]
+    external: bool = False
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def q_rows(self) -> slice:
+        return slice(self.q_start, self.q_start + sum(self.q_lens))
+
+    @property
+    def k_rows(self) -> slice:
+        return slice(self.k_start, self.k_start + sum(self.k_lens))
+
+    def cumulative_lengths(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cu_seqlens of queries and of keys, [blocks + 1] int32 each, as variable-length kernels take them."""
+        if device not in self._on_device:
+            q, k = (
+                torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=device)
+                for lens in (self.q_lens, self.k_lens)
+            )
+            self._on_device[device] = (q, k)
+        return self._on_device[device]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who attends to whom in one stream, the same for every layer.
+
+    own: each segment sees itself, causally. above: one call per pair of levels, a level and one above it; every query
+    sees its whole block of keys.
+    parents: for each segment, in stream order, the segment above it. num_external: keys that precede the stream.
+    """
+
+    own: AttentionCall
+    above: tuple[AttentionCall, ...]
+    parents: tuple[int | None, ...]
+    num_external: int = 0
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of every segment."""
+        return tuple(accumulate(self.own.q_lens, initial=0))[:-1]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of every segment's first token in its own sequence: the number of tokens above it."""
+        offsets: list[int] = []
+        for parent in self.parents:
+            offsets.append(self.num_external if parent is None else offsets[parent] + self.own.q_lens[parent])
+        return tuple(offsets)
+
+    @cached_property
+    def max_position(self) -> int:
+        return max(offset + length for offset, length in zip(self.offsets, self.own.q_lens, strict=True)) - 1
+
+    def rows_above(self, segment: int) -> list[int]:
+        """Rows of the stream that hold what a segment sees besides itself, by position (without external keys)."""
+        rows: list[int] = []
+        above = self.parents[segment]
+        while above is not None:
+            rows[:0] = range(self.starts[above], self.starts[above] + self.own.q_lens[above])
+            above = self.parents[above]
+        return rows
+
+
+@dataclass(frozen=True)
+class SharedPrefixBatch:
+    """One micro-batch: a stream of tokens, its attention plan, and which rows predict which completion tokens.
+
+    input_ids, position_ids: [T].
+    targets: [S] ids of all completion tokens, completion after completion in the caller's order, without padding.
+    token_rows: [S] the row that predicts each of them. The first token of a completion is predicted by the last row of
+    its prompt, which all completions of the prompt share. When `external_ids` is set, row -1 is that prefix's last row.
+    lengths: tokens of each of the C completions. group_sizes: completions of each group, sum C.
+    segments: for each completion its segment in the plan and its first token there; None for an empty completion.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    plan: AttentionPlan
+    token_rows: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    segments: tuple[tuple[int, int] | None, ...] = field(repr=False)
+    external_ids: tuple[int, ...] = field(default=(), repr=False)
+    is_padding: bool = False
+
+    # Making one
+
+    @classmethod
+    def from_groups(
+        cls, groups: Sequence[Group], *, share: bool = True, min_shared_head: int | None = None
+    ) -> SharedPrefixBatch:
+        """Lay out [(prompt_ids, [completion_ids, ...]), ...]. Completions may be empty, prompts may not.
+
+        share=False encodes every prompt again for each of its completions, packed: what sharing is compared to.
+        min_shared_head: prompts of different groups that begin with at least this many equal tokens share them too.
+        """
+        for index, (prompt, _) in enumerate(groups):
+            if not len(prompt):
+                raise ValueError(f"the prompt of group {index} is empty: it needs one token, such as the BOS token")
+        prompts = [list(prompt) for prompt, _ in groups]
+        if share:
+            segments, prompt_segments = prompt_tree(prompts, min_shared_head)
+        else:
+            segments, prompt_segments = [], [None] * len(groups)
+        completions: list[tuple[int, int]] = []  # segment and first scored token
+        for prompt, (_, members), above in zip(prompts, groups, prompt_segments, strict=True):
+            for member in members:
+                completions.append((len(segments), len(prompt) if above is None else 0))
+                segments.append(Segment([*(prompt if above is None else ()), *member], above))
+        return cls._lay_out(segments, completions, tuple(len(members) for _, members in groups))
+
+    @classmethod
+    def from_tree(cls, segments: Sequence[Segment]) -> SharedPrefixBatch:
+        """Lay out a forest: every segment that has a parent is a completion, in the given order; roots are context.
+
+        A segment that continues another may itself be continued (turns of a dialogue, branches of a search): each of
+        its tokens is predicted from all the segments above it. A parent comes before its children.
+        """
+        for index, segment in enumerate(segments):
+            if segment.parent is None and not len(segment.ids):
+                raise ValueError(f"segment {index} is an empty root: a root needs at least one token")
+            if segment.parent is not None and not 0 <= segment.parent < index:
+                raise ValueError(f"segment {index} names parent {segment.parent}; a parent comes before its children")
+        completions = [(index, 0) for index, segment in enumerate(segments) if segment.parent is not None]
+        return cls._lay_out(segments, completions, (len(completions),))
+
+    @classmethod
+    def continuing(cls, prompt_ids: TokenIds, completions: Sequence[TokenIds]) -> SharedPrefixBatch:
+        """Completions alone, of a prompt that was encoded before and whose keys and values are given to the model."""
+        if not any(len(member) for member in completions):
+            raise ValueError("no completion has a token: there is nothing to encode")
+        segments = [Segment(list(member)) for member in completions]
+        spans = [(index, 0) for index in range(len(segments))]
+        return cls._lay_out(segments, spans, (len(completions),), external_ids=tuple(prompt_ids))
+
+    @classmethod
+    def padding(cls) -> SharedPrefixBatch:
+        """The smallest valid micro-batch, for a rank that runs out of work before the others.
+
+        Its one log-probability is differentiable: multiply it by zero and backpropagate, so that every rank makes as
+        many passes as the others (ZeRO-3 and FSDP gather parameters in each of them).
+        """
+        return replace(cls.from_groups([([0], [[0]])]), is_padding=True)
+
+    @classmethod
+    def _lay_out(cls, segments, completions, group_sizes, external_ids: tuple[int, ...] = ()) -> SharedPrefixBatch:
+        nodes, places = compress(segments)
+        levels = level_order(nodes)
+        order = [node for level in levels for node in level]
+        plan = _attention_plan(nodes, levels, len(external_ids))
+        rank = {node: index for index, node in enumerate(order)}
+
+        input_ids = [token for node in order for token in nodes[node].ids]
+        position_ids = torch.cat(
+            [torch.arange(o, o + n) for o, n in zip(plan.offsets, plan.own.q_lens, strict=True)] or [torch.empty(0)]
+        )
+        token_rows, targets, lengths, spans = [], [], [], []
+        for segment, skipped in completions:
+            scored = segments[segment].ids[skipped:]
+            lengths.append(len(scored))
+            if not scored:
+                spans.append(None)
+                continue
+            node, offset = places[segment]
+            first = plan.starts[rank[node]] + offset + skipped
+            token_rows.append(_row_before(plan, rank[node], offset + skipped))
+            token_rows.extend(range(first, first + len(scored) - 1))
+            targets.extend(scored)
+            spans.append((rank[node], offset + skipped))
+        return cls(
+            input_ids=torch.tensor(input_ids, dtype=torch.long),
+            position_ids=position_ids.long(),
+            plan=plan,
+            token_rows=torch.tensor(token_rows, dtype=torch.long),
+            targets=torch.tensor(targets, dtype=torch.long),
+            lengths=tuple(lengths),
+            group_sizes=group_sizes,
+            segments=tuple(spans),
+            external_ids=external_ids,
+        )
+
+    # Reading one
+
+    @property
+    def num_tokens(self) -> int:
+        """T: tokens that the model encodes."""
+        return self.input_ids.numel()
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """S: tokens that get a log-probability."""
+        return self.targets.numel()
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Views of per-token values [S], one [length] for each completion."""
+        return values.split(self.lengths)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """One value per completion, [C] (an advantage, say), repeated for each of its tokens: [S]."""
+        return values.repeat_interleave(torch.tensor(self.lengths, device=values.device), output_size=sum(self.lengths))
+
+    def sum_by_completion(self, values: Tensor) -> Tensor:
+        """Per-token values [S] summed over each completion: [C]. Differentiable; 0 for an empty completion."""
+        owner = torch.arange(len(self.lengths), device=values.device)
+        return values.new_zeros(len(self.lengths)).index_add(0, self.expand(owner), values)
+
+    def pad(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Per-token values [S] as a right-padded table [C, longest completion]."""
+        table = values.new_full((len(self.lengths), max(self.lengths, default=0)), fill)
+        columns = torch.arange(table.shape[1], device=values.device)
+        return table.masked_scatter(columns < torch.tensor(self.lengths, device=values.device)[:, None], values)
+
+    def sequence(self, completion: int) -> tuple[list[int], int]:
+        """The whole token sequence that a (non-empty) completion ends, and how many of its tokens come before it."""
+        span = self.segments[completion]
+        assert span is not None
+        segment, first = span
+        start = self.plan.starts[segment]
+        rows = [*self.plan.rows_above(segment), *range(start, start + first + self.lengths[completion])]
+        ids = [*self.external_ids, *self.input_ids[rows].tolist()]
+        return ids, len(ids) - self.lengths[completion]
+
+    def to(self, device: torch.device | str) -> SharedPrefixBatch:
+        names = ("input_ids", "position_ids", "token_rows", "targets")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def _row_before(plan: AttentionPlan, segment: int, offset: int) -> int:
+    """The row that predicts token `offset` of a segment: the one before it, which may be the last of its parent."""
+    if offset:
+        return plan.starts[segment] + offset - 1
+    parent = plan.parents[segment]
+    return -1 if parent is None else plan.starts[parent] + plan.own.q_lens[parent] - 1
+
+
+def _attention_plan(nodes: list[Segment], levels: list[list[int]], num_external: int) -> AttentionPlan:
+    order = [node for level in levels for node in level]
+    lens = {node: len(nodes[node].ids) for node in order}
+    rank = {node: index for index, node in enumerate(order)}
+    starts = dict(zip(order, accumulate((lens[node] for node in order), initial=0), strict=False))
+    total = sum(lens.values())
+    own_lens = tuple(lens[node] for node in order)
+
+    above: list[AttentionCall] = []
+    if num_external:
+        above.append(AttentionCall(0, (total,), 0, (num_external,), external=True))
+    for depth, level in enumerate(levels[1:], start=1):
+        ancestors = level
+        for higher in reversed(levels[:depth]):
+            ancestors = [nodes[node].parent for node in ancestors]
+            queries = dict.fromkeys(higher, 0)
+            for node, ancestor in zip(level, ancestors, strict=True):
+                queries[ancestor] += lens[node]
+            # Only from the first segment with descendants here to the last: those between may have none.
+            seen = [index for index, node in enumerate(higher) if queries[node]]
+            keys = higher[seen[0] : seen[-1] + 1]
+            above.append(
+                AttentionCall(
+                    starts[level[0]], tuple(queries[k] for k in keys), starts[keys[0]], tuple(lens[k] for k in keys)
+                )
+            )
+    parents = tuple(None if nodes[node].parent is None else rank[nodes[node].parent] for node in order)
+    return AttentionPlan(AttentionCall(0, own_lens, 0, own_lens), tuple(above), parents, num_external)

@@ -1,0 +1,262 @@
+"""Teaching a Hugging Face decoder one more keyword: model(shared_prefix=request).
+
+`enable_shared_prefix` changes a model in place and leaves its ordinary forward and generate as they were. The new
+keyword goes through the model's `__call__`, so whatever wraps the model (DeepSpeed, DDP, FSDP, PEFT) sees an ordinary
+forward and gathers, casts and reduces as it always does. The LM head runs inside its own module for the same reason.
+
+During such a call the model's attention implementation is switched to ours, under a name for which transformers builds
+no mask; activation checkpoints switch it again while they recompute.
+
+Shapes: T tokens in the stream, S completion tokens, d hidden size, E tokens of an external prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from raygrpo.shared_prefix.backends import Backend, choose_backend
+from raygrpo.shared_prefix.head import HeadRequest, token_logprobs
+from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
+from raygrpo.shared_prefix.self_check import check_against_ordinary_forward
+from raygrpo.shared_prefix.supported import UnsupportedModelError, check_batch, check_model, logit_transform
+
+IMPLEMENTATION = "raygrpo_shared_prefix"
+
+
+class CompletionScores(NamedTuple):
+    """logprobs, entropy: [S] each, float32 (float64 for float64 models), completions in order without padding."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+class PrefixState(NamedTuple):
+    """What completions need of a prefix that was encoded before: its last hidden state [d], and the keys and values
+    [E, Hk, D] of every layer."""
+
+    last_hidden: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One shared-prefix pass: score the completions of a batch; or, encode_only, return the PrefixState of its prompt."""
+
+    batch: SharedPrefixBatch
+    temperature: float = 1.0
+    entropy: bool = False
+    prefix: PrefixState | None = None
+    encode_only: bool = False
+
+
+def enable_shared_prefix(model: nn.Module, attention: str = "auto", *, self_check: bool = True) -> None:
+    """Make `completion_logprobs` work on a Hugging Face decoder, in place. Ordinary forward and generate are unchanged.
+
+    model: the model itself or a PEFT model; call this before DeepSpeed, DDP or FSDP wrap it.
+    attention: a backend's name (backends/), or "auto" for the best one for each layer on the device at hand.
+    self_check: compare the first micro-batch with the model's ordinary forward, and raise if they disagree.
+    Raises UnsupportedModelError for what would not be exact.
+    """
+    decoder_lm = _pretrained(model)
+    check_model(decoder_lm)
+    backend = choose_backend(attention)
+    if "_shared_prefix" not in vars(decoder_lm):
+        decoder_lm.forward = MethodType(_with_keyword(type(decoder_lm).forward, _run), decoder_lm)
+        head = decoder_lm.get_output_embeddings()
+        head.forward = MethodType(_with_keyword(type(head).forward, _run_head), head)
+    decoder_lm._shared_prefix = _State(backend, unchecked=self_check)
+
+
+def completion_logprobs(model: nn.Module, batch: SharedPrefixBatch, temperature: float = 1.0) -> Tensor:
+    """log-probability of every completion token, [S]; completions in order, without padding. Differentiable.
+
+    model: one that enable_shared_prefix was called on, or what wraps it (a DeepSpeed engine, DDP, FSDP, PEFT).
+    """
+    return score_completions(model, batch, temperature=temperature).logprobs
+
+
+def score_completions(
+    model: nn.Module, batch: SharedPrefixBatch, *, temperature: float = 1.0, entropy: bool = False
+) -> CompletionScores:
+    """Like completion_logprobs, and the entropy of each token's distribution at that temperature if asked for."""
+    return CompletionScores(*run_request(model, Request(batch, temperature, entropy)))
+
+
+def run_request(model: nn.Module, request: Request) -> tuple:
+    """Call a model, or what wraps it, with a request."""
+    if not request.temperature > 0:
+        raise ValueError(f"temperature is {request.temperature}; it must be positive")
+    if not any("_shared_prefix" in vars(module) for module in model.modules()):
+        raise ValueError("this model was not prepared: call enable_shared_prefix(model) before it is wrapped")
+    return model(shared_prefix=request)
+
+
+@dataclass
+class _State:
+    """What enable_shared_prefix leaves on a model."""
+
+    backend: Backend
+    unchecked: bool
+
+
+@dataclass
+class _Pass:
+    """What the attention layers of one pass share; travels to them as the keyword argument `shared_prefix`."""
+
+    plan: AttentionPlan
+    backend: Backend
+    prefix: PrefixState | None
+    layers: dict[int, tuple[Tensor, Tensor]] | None  # keys and values by layer, while they are wanted
+    num_calls: int = 0
+    finished: bool = False  # recomputation under a checkpoint is not counted
+
+
+def _with_keyword(ordinary: Callable, special: Callable) -> Callable:
+    """A forward that passes its keyword `shared_prefix` to `special` and otherwise is the ordinary one."""
+
+    @functools.wraps(ordinary)
+    def forward(self, *args, **kwargs):
+        request = kwargs.pop("shared_prefix", None)
+        return ordinary(self, *args, **kwargs) if request is None else special(self, *args, request)
+
+    return forward
+
+
+def _run_head(head: nn.Module, hidden: Tensor, request: HeadRequest) -> tuple[Tensor, Tensor | None]:
+    return token_logprobs(hidden, head.weight, getattr(head, "bias", None), request)
+
+
+def _run(model: PreTrainedModel, request: Request) -> tuple:
+    """model(shared_prefix=request), inside the model's own forward."""
+    state: _State = model._shared_prefix
+    check_batch(model, request.batch)
+    device = model.get_input_embeddings().weight.device
+    batch = request.batch.to(device)
+    run = _Pass(batch.plan, state.backend, request.prefix, {} if request.encode_only else None)
+    with _our_attention(model):
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            shared_prefix=run,
+        ).last_hidden_state[0]
+    run.finished = True
+    expected = model.config.get_text_config().num_hidden_layers
+    if run.num_calls != expected:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {expected} layers but made {run.num_calls} calls to transformers' attention "
+            "interface: some of its layers mix tokens in another way, which a shared prefix would get wrong"
+        )
+    if request.encode_only:
+        layers = [run.layers[index] for index in range(expected)]
+        return PrefixState(hidden[-1], *(tuple(tensors) for tensors in zip(*layers, strict=True)))
+
+    if request.prefix is not None:  # its last row predicts the first token of every completion
+        hidden = torch.cat([hidden, request.prefix.last_hidden[None]])  # row -1
+    rows, token_rows = (batch.token_rows % hidden.shape[0]).unique(return_inverse=True)
+    head_request = HeadRequest(token_rows, batch.targets, request.temperature, request.entropy, logit_transform(model))
+    logprobs, entropy = model.get_output_embeddings()(hidden[rows], shared_prefix=head_request)
+    if state.unchecked:
+        state.unchecked = False
+        ordinary = functools.partial(type(model).forward, model)
+        check_against_ordinary_forward(ordinary, batch, logprobs, request.temperature)
+    return CompletionScores(logprobs, entropy)
+
+
+@contextmanager
+def _our_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention layers call ours meanwhile, and again whenever a checkpoint recomputes a layer."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    checkpointing = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
+    functions = [module._gradient_checkpointing_func for module in checkpointing]
+
+    def through(checkpoint: Callable) -> Callable:
+        return lambda layer, *args: checkpoint(functools.partial(_switched, configs.values(), layer), *args)
+
+    for module, checkpoint in zip(checkpointing, functions, strict=True):
+        module._gradient_checkpointing_func = through(checkpoint)
+    try:
+        with _switch(configs.values()):
+            yield
+    finally:
+        for module, checkpoint in zip(checkpointing, functions, strict=True):
+            module._gradient_checkpointing_func = checkpoint
+
+
+@contextmanager
+def _switch(configs) -> Iterator[None]:
+    before = [config._attn_implementation_internal for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def _switched(configs, layer: Callable, *args):
+    with _switch(configs):
+        return layer(*args)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared_prefix: _Pass,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """What transformers' AttentionInterface calls: query [1, Hq, T, D], key and value [1, Hk, T, D]."""
+    run = shared_prefix
+    assert attention_mask is None
+    if dropout:
+        raise UnsupportedModelError(f"attention dropout is {dropout}; set config.attention_dropout = 0")
+    if s_aux is not None:
+        raise UnsupportedModelError("attention sinks are not supported")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    run.num_calls += not run.finished
+    if run.layers is not None and not run.finished:
+        run.layers[module.layer_idx] = (k, v)
+    external = None if run.prefix is None else (run.prefix.keys[module.layer_idx], run.prefix.values[module.layer_idx])
+    out = run.backend.attend(
+        q, k, v,
+        plan=run.plan,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        external=external,
+    )  # fmt: skip
+    return out[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model (nor a PEFT model of one); "
+            "call enable_shared_prefix before DeepSpeed, DDP or FSDP wrap it"
+        )
+    return inner
