@@ -1,0 +1,10 @@
+"""Datasets -> prompts.
+
+sources.py reads rows and says where each came from; prompts.py renders, checks and tokenises them into a PromptSet;
+order.py says which prompt and which seeds a ticket stands for.
+"""
+
+from raygrpo.data.order import prompt_index, sample_seed
+from raygrpo.data.prompts import DataReport, PromptSet, load_prompts
+
+__all__ = ["DataReport", "PromptSet", "load_prompts", "prompt_index", "sample_seed"]

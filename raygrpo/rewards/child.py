@@ -1,0 +1,114 @@
+"""The process that runs reward functions: loads them, then answers one batch of calls after the other.
+
+It must not outlive its parent, not even with a function spinning in C that lets no other Python run. Therefore the
+kernel watches: the parent holds one end of a pipe (`lifeline`), the other is set up so that its closing sends SIGKILL
+to this whole process group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import fcntl
+import math
+import os
+import signal
+import socket
+import traceback
+from typing import Any
+
+from raygrpo.imports import describe_exception
+from raygrpo.rewards.functions import RewardFunction, load_function
+from raygrpo.rewards.wire import receive, send
+
+
+def main(connection_fd: int, lifeline_fd: int) -> None:
+    die_with_parent(lifeline_fd)
+    faulthandler.enable()  # a crash in C leaves a traceback on stderr
+    for fd in (connection_fd, lifeline_fd):
+        os.set_inheritable(fd, False)
+    connection = socket.socket(fileno=connection_fd)
+    try:
+        functions = _load(receive(connection), connection)
+        if functions is not None:
+            with asyncio.Runner() as runner:  # one loop for all calls: clients that a function keeps belong to it
+                while True:
+                    _answer(receive(connection), functions, connection, runner)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is done with us
+    finally:
+        os._exit(0)  # whatever threads a function has left behind
+
+
+def die_with_parent(lifeline_fd: int) -> None:
+    """Linux only (F_SETSIG); elsewhere a child whose parent was killed ends after its current call."""
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())  # the group: children of the functions too
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _load(specs: list[dict[str, Any]], connection: socket.socket) -> list[RewardFunction] | None:
+    """Load the functions and report what they need, or why they could not be loaded."""
+    try:
+        functions = [load_function(spec["use"], spec["args"]) for spec in specs]
+    except ValueError as error:
+        send(connection, {"error": str(error)})
+        return None
+    loaded = [{"arguments": function.arguments, "is_async": function.is_async} for function in functions]
+    send(connection, {"functions": loaded})
+    return functions
+
+
+def _answer(
+    request: dict[str, Any], functions: list[RewardFunction], connection: socket.socket, runner: asyncio.Runner
+) -> None:
+    """One message for each call as soon as its value is known: in the order of the calls, or async ones in the order
+    they finish."""
+    function, calls, timeout_s = functions[request["function"]], request["calls"], request["timeout_s"]
+    if function.is_async:
+        runner.run(_answer_async(function, calls, timeout_s, connection))
+        return
+    for index, arguments in enumerate(calls):
+        try:
+            outcome = _as_reward(function.call(**arguments))
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            outcome = _failure(error)
+        send(connection, {"call": index} | outcome)
+
+
+async def _answer_async(
+    function: RewardFunction, calls: list[dict[str, Any]], timeout_s: float, connection: socket.socket
+) -> None:
+    async def answer(index: int, arguments: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(timeout_s) as timer:
+                outcome = _as_reward(await function.call(**arguments))
+        except (Exception, asyncio.CancelledError) as error:
+            outcome = {"error": f"took longer than {timeout_s:g} s"} if timer.expired() else _failure(error)
+        send(connection, {"call": index} | outcome)
+
+    await asyncio.gather(*(answer(index, arguments) for index, arguments in enumerate(calls)))
+
+
+def _as_reward(value: Any) -> dict[str, Any]:
+    """A finite float, or why it is none. Booleans, NumPy scalars and one-element tensors count as numbers; texts do
+    not."""
+    if isinstance(value, str | bytes) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        return {"error": f"returned {_shown(value)}, which is no number"}
+    number = float(value)
+    if not math.isfinite(number):
+        return {"error": f"returned {number}, which is not finite"}
+    return {"value": number}
+
+
+def _shown(value: Any) -> str:
+    if asyncio.iscoroutine(value):
+        value.close()
+        return "a coroutine (declare the function itself `async`)"
+    return f"{repr(value)[:200]} ({type(value).__name__})"
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    traceback.print_exception(error, limit=-8)  # the whole story for the process's log
+    return {"error": f"raised {describe_exception(error)}"}

@@ -1,0 +1,141 @@
+"""`numeric_match`: whether a completion arrives at the right number.
+
+Numbers are compared as decimals, not as binary fractions: 0.1 is 0.1, and large integers keep their last digits.
+Understood are signs, thousands commas, decimal points, exponents, a currency sign in front, and fractions such as 3/4.
+Whether two formulas mean the same is for `verifier: math_verify`.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Context, Decimal
+from typing import Any, Literal
+
+from raygrpo.rewards.exact_match import last_match
+
+_ARITHMETIC = Context(prec=60, traps=[])  # what cannot be computed becomes NaN or infinity
+_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,6}(?!\d))?"
+_NUMBER = re.compile(rf"((?<![\w)])[-+])?[$€£]?({_UNSIGNED})(?:\s?/\s?({_UNSIGNED}))?")
+_DECORATION = re.compile(r"\\[,!;: ]|\\?[%$]|(?<=\d)\{(?=,)|(?<=,)\}(?=\d)")  # of a number in LaTeX
+
+
+class NumericMatch:
+    r"""1 when the completion's number equals the answer's, else 0 (also when there is no number).
+
+    extract: where the number is. "last" takes the last one in the completion; "boxed" the content of the last \boxed{},
+    which must be a number and nothing else; anything else is a regular expression, and the last number in its last
+    match counts (in its first group, if it has one). tolerance, relative_tolerance: a difference up to `tolerance`, or
+    up to this share of the answer, counts as equal. verifier: "math_verify" compares formulas with the math-verify
+    package instead; "boxed" and "last" are then left to it.
+
+    An answer may be a number or a text; of a text, the last number counts. An answer that is a list names several right
+    ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        extract: str = "last",
+        tolerance: float = 0.0,
+        relative_tolerance: float = 0.0,
+        verifier: Literal["decimal", "math_verify"] = "decimal",
+    ):
+        if not (tolerance >= 0 and relative_tolerance >= 0):
+            raise ValueError(f"tolerances must not be negative, got {tolerance} and {relative_tolerance}")
+        if verifier not in ("decimal", "math_verify"):
+            raise ValueError(f"verifier must be decimal or math_verify, got {verifier!r}")
+        if verifier == "math_verify" and (tolerance or relative_tolerance):
+            raise ValueError(f"tolerances ({tolerance}, {relative_tolerance}) have no meaning for verifier math_verify")
+        self._extract = extract
+        self._pattern = None if extract in ("last", "boxed") else re.compile(extract, re.DOTALL)
+        self._tolerance = Decimal(repr(tolerance))
+        self._relative_tolerance = Decimal(repr(relative_tolerance))
+        self._math_verify = _import_math_verify() if verifier == "math_verify" else None
+
+    def __call__(self, completion: str, answer: Any) -> float:
+        answers = answer if isinstance(answer, list) else [answer]
+        if answer is None or not answers:
+            raise ValueError("the prompt has no reference answer")
+        if self._math_verify is not None:
+            return float(any([self._means(completion, value) for value in answers]))
+        expected = [_answer_number(value) for value in answers]
+        found = self._number(completion)
+        return float(found is not None and any([self._equal(found, value) for value in expected]))
+
+    def _number(self, completion: str) -> Decimal | None:
+        if self._extract == "boxed":
+            return _whole_number(last_boxed(completion))
+        return last_number(last_match(self._pattern, completion))
+
+    def _equal(self, found: Decimal, expected: Decimal) -> bool:
+        allowed = max(self._tolerance, _ARITHMETIC.multiply(self._relative_tolerance, abs(expected)))
+        return found == expected or abs(_ARITHMETIC.subtract(found, expected)) <= allowed
+
+    def _means(self, completion: str, answer: Any) -> bool:
+        text = str(answer)
+        if "$" not in text and r"\boxed" not in text:
+            text = f"${text}$"  # math-verify reads formulas only where LaTeX has them
+        if self._pattern is not None:
+            extracted = last_match(self._pattern, completion)
+            completion = "" if extracted is None else f"${extracted.strip().strip('$')}$"
+        # their timeouts use signal.alarm; ours is the process's deadline
+        expected = self._math_verify.parse(text, parsing_timeout=None)
+        if not expected:
+            raise ValueError(f"math-verify cannot read the reference answer {str(answer)[:200]!r}")
+        return self._math_verify.verify(
+            expected, self._math_verify.parse(completion, parsing_timeout=None), timeout_seconds=None
+        )
+
+
+def last_number(text: str | None) -> Decimal | None:
+    """The last number in the text; None when there is none."""
+    matches = list(_NUMBER.finditer((text or "").replace("\N{MINUS SIGN}", "-")))
+    return _value(matches[-1]) if matches else None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} whose braces are balanced."""
+    start = len(text)
+    while (start := text.rfind(r"\boxed{", 0, start)) >= 0:
+        first = start + len(r"\boxed{")
+        depth = 1
+        for place in range(first, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[first:place]
+    return None
+
+
+def _whole_number(text: str | None) -> Decimal | None:
+    match = _NUMBER.fullmatch(_DECORATION.sub("", text or "").replace("\N{MINUS SIGN}", "-").strip())
+    return None if match is None else _value(match)
+
+
+def _value(match: re.Match[str]) -> Decimal | None:
+    sign, numerator, denominator = match.groups()
+    value = Decimal(numerator.replace(",", ""))
+    if denominator is not None:
+        value = _ARITHMETIC.divide(value, Decimal(denominator.replace(",", "")))
+    return (-value if sign == "-" else value) if value.is_finite() else None
+
+
+def _answer_number(answer: Any) -> Decimal:
+    number = None
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        number = Decimal(repr(answer))
+    elif isinstance(answer, str) and r"\boxed{" in answer:
+        number = _whole_number(last_boxed(answer))
+    elif isinstance(answer, str) and "\\" not in answer:
+        number = last_number(answer)
+    if number is None or not number.is_finite():
+        hint = "; for LaTeX set args: {verifier: math_verify}" if "\\" in str(answer) else ""
+        raise ValueError(f"the reference answer {str(answer)[:200]!r} is no number{hint}")
+    return number
+
+
+def _import_math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ValueError(f"verifier math_verify needs `pip install 'raygrpo[math]'`: {error}") from None
+    return math_verify
