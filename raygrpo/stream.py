@@ -104,27 +104,31 @@ class RolloutStage:
     def __init__(self, controller: ActorHandle):
         self._controller = controller
 
-    def __call__(self, tickets: pa.Table) -> pa.Table:
-        return groups_to_table([self._roll_out(row) for row in tickets["id"].to_pylist()])
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return groups_to_table([self._roll_out(row) for row in rows["row"].to_pylist()])
 
     def _roll_out(self, row: int) -> RolloutGroup:
         """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and seeds."""
         while True:
             claim: Claim = ray.get(self._controller.claim.remote(row))
             if claim.generator is None:
-                return _failed_group(claim)
+                return _failed_group(claim, claim.error)
             try:
                 group = ray.get(
                     claim.generator.generate.remote(claim.ticket, claim.prompt, claim.seeds, claim.min_version)
                 )
-            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                self._controller.release.remote(claim.ticket, claim.generator_name, f"{type(error).__name__}: {error}")
+            except ValueError as error:  # this request cannot be served, by no generator
+                self._controller.release.remote(claim.ticket, claim.generator_name, None)
+                return _failed_group(claim, str(error))
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                reason = str(error).strip().rpartition("\n")[2]
+                self._controller.release.remote(claim.ticket, claim.generator_name, f"{type(error).__name__}: {reason}")
                 continue
             self._controller.release.remote(claim.ticket, claim.generator_name, None)
             return group
 
 
-def _failed_group(claim: Claim) -> RolloutGroup:
+def _failed_group(claim: Claim, error: str) -> RolloutGroup:
     now = time.time()
     return RolloutGroup(
         ticket=claim.ticket,
@@ -134,7 +138,7 @@ def _failed_group(claim: Claim) -> RolloutGroup:
         generator="",
         generate_start_s=now,
         generate_end_s=now,
-        error=claim.error,
+        error=error,
     )
 
 
@@ -160,7 +164,7 @@ def segment_dataset(
     num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
     calls = math.ceil(groups_in_flight / num_proxies)
     return (
-        ray.data.range(num_tickets, override_num_blocks=num_tickets)
+        ray.data.from_arrow([pa.table({"row": [row]}) for row in range(num_tickets)])
         .map_batches(
             RolloutStage,
             fn_constructor_args=(controller,),
@@ -170,7 +174,7 @@ def segment_dataset(
             compute=ray.data.ActorPoolStrategy(
                 size=num_proxies,
                 max_concurrent_calls_per_actor=calls,
-                max_tasks_in_flight_per_actor=2 * calls,
+                max_tasks_in_flight_per_actor=calls,
                 enable_true_multi_threading=True,
             ),
         )
@@ -180,7 +184,7 @@ def segment_dataset(
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=reward.num_cpus,
-            compute=ray.data.ActorPoolStrategy(size=reward.num_workers),
+            compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=groups_in_flight),
         )
     )
 

@@ -84,7 +84,7 @@ class DeepSpeedEngine:
     def step(self, update: int) -> tuple[float, float]:
         """Clip, update the weights, clear the gradients; returns (gradient norm before clipping, learning rate).
 
-        Raises FloatingPointError when the gradient is not finite; the weights are then not updated on any rank.
+        Raises FloatingPointError when the gradient is not finite: the weights are then spoilt, and the run must stop.
         """
         rate = learning_rate(self._settings, update, self._num_updates)
         for group in self._optimizer.param_groups:
@@ -100,9 +100,10 @@ class DeepSpeedEngine:
         """(Hugging Face name, full tensor on its device) of every parameter; tied ones once. Under ZeRO-3 in buckets, never the whole model
         at once: a tensor is valid until the next is asked for, and every rank must exhaust the iterator."""
         if not self._is_zero3:
-            yield from self._policy.named_parameters()
+            for name, parameter in self._policy.named_parameters():
+                yield name, parameter.detach()
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         bucket: list[tuple[str, nn.Parameter]] = []
         num_bytes = 0
@@ -110,8 +111,8 @@ class DeepSpeedEngine:
             bucket.append((name, parameter))
             num_bytes += parameter.ds_numel * parameter.element_size()
             if num_bytes >= GATHER_BYTES:
-                with GatheredParameters([p for _, p in bucket]):
-                    yield from bucket
+                with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                    yield from ((name, p.detach()) for name, p in bucket)
                 bucket, num_bytes = [], 0
-        with GatheredParameters([p for _, p in bucket]):
-            yield from bucket
+        with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+            yield from ((name, p.detach()) for name, p in bucket)

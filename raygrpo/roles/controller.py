@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
 
+    from raygrpo.roles.generator import WeightsAck
+
 logger = logging.getLogger(__name__)
 
 LOAD_DEADLINE_S = 600.0  # for one generator to load a version; later it counts as failed and is restarted
@@ -54,9 +56,12 @@ class PublishReport:
     """How a publish went."""
 
     version: int
+    num_bytes: int  # that each generator loaded
     seconds: float  # from the call to the last acknowledgement
+    end_s: float  # unix time of the last acknowledgement
     num_generators: int  # that acknowledged
     failed: list[str]  # generators that did not
+    generator_failures: int  # since the run began
 
 
 class RolloutController:
@@ -118,11 +123,12 @@ class RolloutController:
     def _admits(self, ticket: int) -> bool:
         return ticket < (self._version + self._max_staleness + 1) * self._groups_per_step
 
-    async def release(self, ticket: int, generator_name: str, error: str | None) -> None:
+    async def release(self, ticket: int, generator_name: str, generator_error: str | None) -> None:
         """A claimed ticket came back from its generator: with a group (no error), or because the generator failed."""
         self._outstanding[generator_name] -= 1
-        if error is None:
+        if generator_error is None:
             return
+        error = generator_error
         logger.warning("ticket %d failed on %s: %s", ticket, generator_name, error)
         self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
         self._quarantine(generator_name)
@@ -133,7 +139,7 @@ class RolloutController:
         weights: one reference in a list, so that Ray passes the reference and each node pulls the bytes once.
         Raises RuntimeError when no generator could load them.
         """
-        start = time.monotonic()
+        start_s = time.time()
         self._weights = weights
         names = sorted(self._healthy)
         results = await asyncio.gather(*(self._load(name, version) for name in names), return_exceptions=True)
@@ -148,15 +154,20 @@ class RolloutController:
             self._changed.notify_all()
         for name in failed:
             self._quarantine(name)
+        acks = [result for result in results if not isinstance(result, BaseException)]
         return PublishReport(
             version=version,
-            seconds=time.monotonic() - start,
-            num_generators=len(names) - len(failed),
+            num_bytes=acks[0].num_bytes,
+            seconds=time.time() - start_s,
+            end_s=time.time(),
+            num_generators=len(acks),
             failed=failed,
+            generator_failures=self._num_generator_failures,
         )
 
-    async def _load(self, name: str, version: int) -> None:
-        await asyncio.wait_for(self._generators[name].load_weights.remote(version, self._weights), LOAD_DEADLINE_S)
+    async def _load(self, name: str, version: int) -> WeightsAck:
+        reply = self._generators[name].load_weights.remote(version, self._weights)
+        return await asyncio.wait_for(reply, LOAD_DEADLINE_S)
 
     def _quarantine(self, name: str) -> None:
         """No more claims for this generator until it has loaded the current version again (Ray restarts a dead actor)."""

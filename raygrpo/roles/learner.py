@@ -1,0 +1,293 @@
+"""The learner: what each worker of the Ray Train gang runs.
+
+Per step: wait for this rank's share of the step's groups, update the policy (policy_update.py), publish the new version, report.
+What it waits for, and what unblocks it:
+
+    the step's groups             the stream (stream.py), whose gate waits for an earlier publish of ours
+    the other learners            their share of the same step
+    the previous publish's acks   the generators (controller.py)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raygrpo.config import RunConfig
+from raygrpo.stream import iterate_groups
+from raygrpo.timeline import Interval, stage_seconds
+from raygrpo.types import ScoredGroup, StepMetrics
+
+if TYPE_CHECKING:
+    import ray
+    import torch
+    from ray.actor import ActorHandle
+    from torch import nn
+
+    from raygrpo.engines.deepspeed import DeepSpeedEngine
+    from raygrpo.roles.controller import PublishReport
+    from raygrpo.shared_prefix.cost import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSetup:
+    """What a worker of the gang is given."""
+
+    config: RunConfig
+    controller: ActorHandle
+    tracker: ActorHandle
+    export_dir: str
+
+
+def run_learner(setup: LearnerSetup) -> None:
+    """The train loop of one worker (Ray Train calls it on every rank)."""
+    import ray.train
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
+    learner = Learner(setup)
+    shard = ray.train.get_dataset_shard("segment")
+    learner.publish(0)
+    learner.train_segment(0, setup.config.num_steps, iterate_groups(shard))
+    learner.finish()
+
+
+class Learner:
+    """One rank's policy and its place in the pipeline."""
+
+    def __init__(self, setup: LearnerSetup):
+        import torch.distributed as dist
+
+        self._config = setup.config
+        self._controller = setup.controller
+        self._tracker = setup.tracker
+        self._export_dir = setup.export_dir
+        self._rank = dist.get_rank()
+        self._policy, self._engine, self._updater, self._shape = build_policy(setup.config)
+        self._publishing: ray.ObjectRef | None = None
+        self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
+        self._step_start_s = time.time()
+
+    def train_segment(self, first_step: int, end_step: int, next_group: Callable[[], ScoredGroup]) -> None:
+        """Steps first_step .. end_step - 1, from this rank's share of the stream."""
+        for step in range(first_step, end_step):
+            # On-policy, the next group cannot come before the acks; else generating goes on while they come.
+            if self._config.max_staleness == 0:
+                self._report()
+            wait_start_s = time.time()
+            groups = self._collect(step, next_group)
+            learn_start_s = time.time()
+            self._report()
+            metrics, advantages = self._updater.update(groups, step)
+            learn_end_s = time.time()
+            if self._rank == 0:
+                self._tracker.log_samples.remote(step, groups, advantages)
+            times = _StepTimes(
+                wait=(wait_start_s, learn_start_s),
+                learn=(learn_start_s, learn_end_s),
+                generate=[(g.group.generate_start_s, g.group.generate_end_s) for g in groups],
+                score=[(g.score_start_s, g.score_end_s) for g in groups],
+            )
+            facts = _gather((_facts(groups, step, self._shape), times))
+            self.publish(step + 1)
+            self._unreported = (step, metrics | _combine_facts([f for f, _ in facts]), _merge([t for _, t in facts]))
+        self._report()
+
+    def _collect(self, step: int, next_group: Callable[[], ScoredGroup]) -> list[ScoredGroup]:
+        """This rank's share of the step, in ticket order; groups that failed to be generated are counted by _facts and left out later."""
+        per_step = self._config.groups_per_step
+        groups = [next_group() for _ in range(per_step // self._config.learner.num_workers)]
+        for scored in groups:
+            group = scored.group
+            assert step * per_step <= group.ticket < (step + 1) * per_step, (step, group.ticket)
+            if not step - self._config.max_staleness <= group.policy_version <= step:
+                raise RuntimeError(
+                    f"group {group.ticket} was sampled by version {group.policy_version}, but step {step} accepts "
+                    f"staleness 0 to {self._config.max_staleness}"
+                )
+        return groups
+
+    def publish(self, version: int) -> None:
+        """Hand the weights to the controller; all ranks call it. Returns when they are packed: `_report` waits for the acks."""
+        import ray
+
+        from raygrpo.weights import pack
+
+        weights: Iterator[tuple[str, torch.Tensor]] = self._engine.named_weights()
+        if self._rank == 0:
+            packed = ray.put(pack(weights))
+            self._publishing = self._controller.publish.remote(version, [packed])
+        else:
+            for _ in weights:  # takes part in ZeRO-3's gathering
+                pass
+
+    def _report(self) -> None:
+        """Wait for the acks of the last publish and log its step; on rank 0, where there is something to report."""
+        import ray
+
+        if self._publishing is not None:
+            report: PublishReport = ray.get(self._publishing)
+            self._publishing = None
+            if self._unreported is not None:
+                step, metrics, times = self._unreported
+                end_s = max(report.end_s, times.learn[1]) if self._config.max_staleness == 0 else times.learn[1]
+                metrics = metrics | times.metrics(report, self._step_start_s, end_s)
+                metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
+                metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
+                metrics["faults/generator_failures"] = float(report.generator_failures)
+                self._tracker.log_step.remote(step, metrics)
+                self._step_start_s = end_s
+            else:
+                self._step_start_s = time.time()
+        self._unreported = None
+
+    def finish(self) -> None:
+        """Write the trained policy as a Hugging Face model; all ranks call it."""
+        state = {name: tensor.cpu().clone() for name, tensor in self._engine.named_weights() if self._rank == 0}
+        if self._rank == 0:
+            export_policy(self._policy, state, self._config.model.path, self._export_dir)
+
+
+def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, ModelShape]:
+    """The policy, its engine, its updater, and its shape for the cost model; needs torch.distributed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    from raygrpo.engines.deepspeed import DeepSpeedEngine
+    from raygrpo.roles.policy_update import PolicyUpdater
+    from raygrpo.shared_prefix import enable_shared_prefix
+    from raygrpo.shared_prefix.cost import ModelShape
+
+    transformers_logging.disable_progress_bar()
+    learner, algorithm = config.learner, config.algorithm
+    device = torch.device("cuda", torch.cuda.current_device()) if learner.num_gpus else torch.device("cpu")
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(learner.num_threads or max(1, cores // learner.num_workers))
+    torch.manual_seed(config.seed)
+
+    def load() -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path,
+            dtype=getattr(torch, config.model.dtype),
+            trust_remote_code=config.model.trust_remote_code,
+        ).to(device)
+        enable_shared_prefix(model, attention=learner.attention)
+        return model
+
+    policy = load().train()
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reference = load().eval().requires_grad_(False) if algorithm.kl.coef > 0 else None
+    shape = ModelShape.from_config(policy.config)
+    num_updates = config.num_steps * algorithm.updates_per_step
+    engine = DeepSpeedEngine(policy, policy, learner, dtype=config.model.dtype, num_updates=num_updates)
+    updater = PolicyUpdater(
+        engine,
+        reference,
+        algorithm,
+        config.reward,
+        max_tokens=learner.max_tokens,
+        temperature=config.generator.sampling.temperature,
+        max_completion_tokens=config.generator.sampling.max_tokens,
+        skip_zero_advantages=learner.skip_zero_advantages,
+        device=device,
+    )
+    return policy, engine, updater, shape
+
+
+def export_policy(policy: nn.Module, state: dict[str, torch.Tensor], source: str, directory: str) -> None:
+    """A directory that AutoModelForCausalLM.from_pretrained and vLLM load: safetensors, tokenizer, generation config."""
+    from transformers import AutoTokenizer
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    policy.save_pretrained(directory, state_dict=state)
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepTimes:
+    """When the stages of one step ran (unix time): of one rank, or of all."""
+
+    wait: Interval
+    learn: Interval
+    generate: list[Interval]
+    score: list[Interval]
+
+    def metrics(self, publish: PublishReport, start_s: float, end_s: float) -> StepMetrics:
+        stages = {
+            "generate": self.generate,
+            "reward": self.score,
+            "learn": [self.learn],
+            "publish": [(self.learn[1], publish.end_s)],
+        }
+        timing = stage_seconds(stages, start_s, end_s)
+        idle = (self.wait[1] - self.wait[0]) / timing["step"]
+        return {f"timing_s/{name}": value for name, value in timing.items()} | {"perf/learner_idle_fraction": idle}
+
+
+def _merge(times: list[_StepTimes]) -> _StepTimes:
+    """Of all ranks: lists joined; the step's wait ends when the last rank has its groups, learning when the last is done."""
+    return _StepTimes(
+        wait=(times[0].wait[0], max(t.wait[1] for t in times)),
+        learn=(min(t.learn[0] for t in times), max(t.learn[1] for t in times)),
+        generate=[interval for t in times for interval in t.generate],
+        score=[interval for t in times for interval in t.score],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Counts over one rank's groups of a step."""
+
+    staleness: list[int]
+    num_completion_tokens: int
+    tokens_shared: int  # that the shared-prefix forward encodes
+    tokens_repeated: int  # that encoding every prompt + completion would
+    flops_shared: float
+    flops_repeated: float
+    groups_failed: int
+
+
+def _facts(groups: list[ScoredGroup], step: int, shape: ModelShape) -> _Facts:
+    from raygrpo.shared_prefix.cost import num_tokens, training_flops
+
+    lengths = [(len(g.group.prompt.prompt_ids), [len(r.completion_ids) for r in g.group.rollouts]) for g in groups]
+    sampled = [length for length in lengths if length[1]]
+    return _Facts(
+        staleness=[step - g.group.policy_version for g in groups],
+        num_completion_tokens=sum(sum(completions) for _, completions in sampled),
+        tokens_shared=sum(num_tokens(length, shared=True) for length in sampled),
+        tokens_repeated=sum(num_tokens(length, shared=False) for length in sampled),
+        flops_shared=training_flops(shape, sampled, shared=True),
+        flops_repeated=training_flops(shape, sampled, shared=False),
+        groups_failed=sum(bool(g.group.error) for g in groups),
+    )
+
+
+def _combine_facts(facts: list[_Facts]) -> StepMetrics:
+    staleness = [value for f in facts for value in f.staleness]
+    shared, repeated = sum(f.tokens_shared for f in facts), sum(f.tokens_repeated for f in facts)
+    return {
+        "staleness/mean": sum(staleness) / len(staleness),
+        "staleness/max": float(max(staleness)),
+        "completions/num_tokens": float(sum(f.num_completion_tokens for f in facts)),
+        "prefix/tokens_encoded": float(shared),
+        "prefix/tokens_repeated": float(repeated),
+        "prefix/token_ratio": repeated / max(shared, 1),
+        "prefix/speedup_limit": sum(f.flops_repeated for f in facts) / max(sum(f.flops_shared for f in facts), 1.0),
+        "faults/groups_failed": float(sum(f.groups_failed for f in facts)),
+    }
+
+
+def _gather(value: Any) -> list[Any]:
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
