@@ -1,8 +1,8 @@
 """Tiny randomly initialised causal language models, with a real tokenizer and chat template, for tests.
 
-Everything is written to a directory as `save_pretrained` does it, so that transformers, vLLM and the learner load it like any other
-model. The weights are drawn from `seed`; their scale is large enough for the next-token distribution to be far from uniform, so that a
-wrong weight, position or mask shows in the log-probabilities.
+Everything is written to a directory as `save_pretrained` does it, so that transformers, vLLM and the learner load it
+like any other model. The weights are drawn from `seed`; their scale is large enough for the next-token distribution to
+be far from uniform, so that a wrong weight, position or mask shows in the log-probabilities.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def tiny_model(
 ) -> Path:
     """Write a model and its tokenizer into `directory` and return the directory.
 
-    architecture: a `model_type` of transformers ("qwen3", "llama", "qwen2", "gemma3_text", ...); `config` adds settings of its own.
-    tie: whether the output head shares the embedding's weight. head_dim is a multiple of 32 because vLLM's CPU attention needs that.
+    architecture: a `model_type` of transformers ("qwen3", "llama", "qwen2", "gemma3_text", ...); `config` adds settings
+    of its own.
+    tie: whether the output head shares the embedding's weight.
+    head_dim: a multiple of 32, for vLLM's CPU attention.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -65,7 +67,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # norms' weights start at one (or zero) and biases at zero: make them matter
                 torch.nn.init.normal_(parameter, mean=parameter.detach().mean().item(), std=0.1)
     model.generation_config = GenerationConfig(
@@ -77,8 +79,10 @@ def tiny_model(
 
 
 def tiny_tokenizer(vocab_size: int = MIN_VOCAB_SIZE) -> Any:
-    """A byte-level tokenizer: every text has a spelling, one token per byte. Ids above the bytes and special tokens are fillers that decode
-    to `<filler_i>`, so that a model of `vocab_size` can never sample an id that the tokenizer does not know."""
+    """A byte-level tokenizer: every text has a spelling, one token per byte. Ids above the bytes and special tokens are
+    fillers that decode to `<filler_i>`, so that a model of `vocab_size` can never sample an id that the tokenizer does
+    not know.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,279 @@
+"""vLLM as a sampling engine, inside the process of its generator.
+
+The only file that imports vllm. It owns how vLLM is started (settings that the exactness of behaviour log-probabilities
+and of weight updates depends on), how requests are phrased, and how weights are replaced. `generator.vllm` adds any
+option of vLLM's; the few that correctness depends on are refused there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raygrpo.config import GeneratorConfig, ModelConfig
+from raygrpo.engines.sampling import EngineDeadError, check_request, check_weights, checkpoint_shapes, stop_token_ids
+from raygrpo.types import Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm import RequestOutput
+
+# Read by vLLM and torch when they are imported.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}  # the engine's core runs in this process
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several processes share the cores
+    "TORCH_COMPILE_DISABLE": "1",  # start in seconds, not minutes
+}
+OWN_OPTIONS = {  # vLLM option -> where it is set instead, or why it is fixed
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "logprobs_mode": "always processed_logprobs: of the distribution that was sampled from",
+    "worker_extension_cls": "raygrpo's own, which loads published weights",
+    "quantization": "published weights are not quantised",
+    "enable_lora": "all weights are published",
+    "data_parallel_size": "generator.num_actors",
+    "pipeline_parallel_size": "not supported; use tensor_parallel_size",
+}
+CPU_KV_CACHE_BYTES = (
+    2**30
+)  # unless generator.vllm.kv_cache_memory_bytes says otherwise; touched only as far as it is used
+
+
+class VllmEngine:
+    """See `SamplingEngine`."""
+
+    def __init__(self, model: ModelConfig, generator: GeneratorConfig, *, max_model_len: int, num_threads: int):
+        refused = [f"{name} ({OWN_OPTIONS[name]})" for name in generator.vllm if name in OWN_OPTIONS]
+        if refused:
+            raise ValueError(f"generator.vllm cannot set {', '.join(refused)}")
+        on_cpu = _prepare_environment()
+        import torch
+
+        if on_cpu:
+            torch.set_num_threads(num_threads)  # of this thread; vLLM makes later calls do nothing
+            torch._dynamo.config.disable = (
+                True  # as TORCH_COMPILE_DISABLE, which comes too late where transformers was imported
+            )
+        from transformers import AutoTokenizer
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        options = {
+            "max_model_len": max_model_len,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "distributed_executor_backend": "uni" if generator.vllm.get("tensor_parallel_size", 1) == 1 else "mp",
+        }
+        if on_cpu:
+            options |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+                # What prefix caching shares are whole blocks; CPU kernels take multiples of 32 tokens (vLLM's default
+                # is 128).
+                "block_size": 32,
+                # Half a prompt computed means a sampled token to take back, and with it the sample's random state: vLLM
+                # can do that on GPUs only ("CPU Generator does not use offset").
+                "enable_chunked_prefill": False,
+            }
+            if generator.vllm.get("enable_chunked_prefill"):
+                raise ValueError(
+                    "generator.vllm.enable_chunked_prefill fails on CPUs when samples have seeds: leave it out"
+                )
+        options |= generator.vllm | {
+            "model": model.path,
+            "dtype": model.dtype,
+            "trust_remote_code": model.trust_remote_code,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": f"{__name__}.{WeightsExtension.__name__}",
+        }
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**options))
+        self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        self._sampling = generator.sampling
+        self._max_model_len = self._engine.model_config.max_model_len
+        self._vocab_size = self._engine.model_config.get_vocab_size()
+        tied = getattr(self._engine.model_config.hf_text_config, "tie_word_embeddings", False)
+        self._tied_head = bool(tied)
+        self._shapes = checkpoint_shapes(model.path, tied_head=self._tied_head)
+        # Stop tokens are all given by id, and vLLM's own idea of them (tokenizer and generation config) is switched
+        # off, so that both engines stop at the same tokens.
+        self._sampling_params = SamplingParams(
+            max_tokens=self._sampling.max_tokens,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            top_k=self._sampling.top_k,
+            min_p=self._sampling.min_p,
+            stop_token_ids=stop_token_ids(model.path, trust_remote_code=model.trust_remote_code),
+            ignore_eos=True,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._groups: dict[str, list[str]] = {}  # group id -> vLLM's request ids, unfinished ones only
+        self._samples: dict[str, tuple[str, int]] = {}  # request id -> (group id, index)
+        self._finished: list[RequestOutput] = []  # by a step that `score` made
+        self._num_scores = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._samples)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    def add_group(self, group_id: str, prompt_ids: list[int], seeds: Sequence[int]) -> None:
+        """One request per sample, each with its own seed: with vLLM's `n`, neighbouring seeds share all samples but
+        one.
+        """
+        if group_id in self._groups:
+            raise ValueError(f"group {group_id!r} is being sampled already")
+        check_request(prompt_ids, seeds, self._sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        self._groups[group_id] = []
+        for index, seed in enumerate(seeds):
+            params = self._sampling_params.clone()
+            params.seed = seed
+            request_id = f"{group_id}/{index}"
+            self._add(request_id, prompt_ids, params)
+            self._groups[group_id].append(request_id)
+            self._samples[request_id] = (group_id, index)
+
+    def step(self) -> list[tuple[str, int, Rollout]]:
+        outputs, self._finished = self._finished, []
+        if self._engine.has_unfinished_requests():
+            outputs += self._step()
+        finished = []
+        for output in outputs:
+            if output.request_id not in self._samples:  # aborted meanwhile
+                continue
+            group_id, index = self._samples.pop(output.request_id)
+            self._groups[group_id].remove(output.request_id)
+            if not self._groups[group_id]:
+                del self._groups[group_id]
+            finished.append((group_id, index, self._rollout(output)))
+        return finished
+
+    def abort_group(self, group_id: str) -> None:
+        request_ids = self._groups.pop(group_id, [])
+        for request_id in request_ids:
+            del self._samples[request_id]
+        self._engine.abort_request(request_ids)
+
+    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        ids = prompt_ids + completion_ids
+        if not prompt_ids or not completion_ids or len(ids) >= self._max_model_len:
+            raise ValueError(
+                f"cannot score {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens: there must be some "
+                f"of each, and fewer than {self._max_model_len} together"
+            )
+        self._num_scores += 1
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        request_id = f"score-{self._num_scores}"
+        self._add(request_id, ids, params)
+        while True:
+            outputs = self._step()
+            self._finished += [output for output in outputs if output.request_id != request_id]
+            for output in outputs:
+                if output.request_id == request_id:
+                    rows = output.prompt_logprobs[len(prompt_ids) :]
+                    return [row[token].logprob for row, token in zip(rows, completion_ids, strict=True)]
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.num_unfinished:
+            raise RuntimeError(f"{self.num_unfinished} completions are unfinished: weights change between groups only")
+        if self._tied_head:
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        check_weights(self._shapes, tensors)
+        try:
+            self._engine.collective_rpc("load_published_weights", args=(list(tensors.items()),))
+        except Exception as error:  # vLLM leaves a half-loaded model without storage behind
+            raise EngineDeadError(
+                f"vLLM failed while it loaded new weights: {type(error).__name__}: {error}"
+            ) from error
+        # vLLM keeps the old weights' keys and values otherwise. It refuses while blocks are in use.
+        if not self._engine.reset_prefix_cache():
+            raise EngineDeadError(
+                "vLLM did not reset its prefix cache: it would mix keys and values of old and new weights"
+            )
+
+    def _add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        self._engine.add_request(request_id, tokens_input(prompt_ids), params)
+
+    def _step(self) -> list[RequestOutput]:
+        """The requests that finished. (Requests are phrased to be reported once, when they are done.)"""
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            raise EngineDeadError(f"vLLM failed in a step: {type(error).__name__}: {error}") from error
+        return [output for output in outputs if output.finished]
+
+    def _rollout(self, output: RequestOutput) -> Rollout:
+        completion = output.outputs[0]
+        completion_ids = list(completion.token_ids)
+        logprobs = list(completion.logprobs.logprobs)
+        if len(logprobs) != len(completion_ids) or completion.finish_reason not in ("stop", "length"):
+            raise EngineDeadError(
+                f"vLLM returned {len(completion_ids)} tokens, {len(logprobs)} log-probabilities and finish reason "
+                f"{completion.finish_reason!r} for a completion"
+            )
+        return Rollout(
+            completion_ids=completion_ids,
+            behaviour_logprobs=logprobs,
+            finish_reason=completion.finish_reason,
+            text=self._tokenizer.decode(completion_ids, skip_special_tokens=True),
+        )
+
+
+class WeightsExtension:
+    """Methods that vLLM adds to its worker class."""
+
+    def load_published_weights(self, tensors: list[tuple[str, Tensor]]) -> None:
+        """Replace the model's weights in place. `model.load_weights` would fail: CPU layers have packed their weights
+        away.
+        """
+        self.model_runner.reload_weights(weights_iterator=iter(tensors))
+        if self.vllm_config.device_config.device_type == "cpu":
+            _repack_tied_head(self.model_runner.get_model())
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Rebuild the packed copy of a head that shares the embedding's weight: reloading skips it, so it would stay that
+    of the old weights.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = {
+        module.weight.data_ptr()
+        for module in model.modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    }
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embeddings:
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _prepare_environment() -> bool:
+    """Set the variables that vLLM reads when it is imported; says whether it will run on the CPU."""
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    wanted = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {})
+    late = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
+    if late and "vllm" in sys.modules:
+        raise RuntimeError(f"vllm was imported before its environment was set: {' '.join(late)}")
+    os.environ.update(wanted)
+    return on_cpu

@@ -1,0 +1,332 @@
+"""The generator: one sampling engine behind an asyncio interface; as a Ray actor, one of several.
+
+One thread owns the engine. It admits up to `max_groups` groups at a time and advances them together, so a group is
+ready as soon as its own completions are, whatever the others do.
+
+Versions are exact: a group's `policy_version` is the version under which every one of its tokens was sampled. So
+weights change only between groups: when new weights arrive, running groups are finished under the old ones, no further
+group is begun, and groups that wait are begun under the new ones. This costs little: the tickets in flight at a publish
+are those that the learner needs next in any case.
+
+Version 0 is the model on disk. A generator that dies is restarted by Ray (`max_restarts`), at version 0 again: whoever
+watches it (the controller) loads the current version before it is given work. `generate` never serves a version below
+`min_version`; it waits.
+
+An engine that failed cannot be trusted any more: every caller gets EngineDeadError, then the process exits, for Ray to
+restart it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from raygrpo.config import GeneratorConfig, ModelConfig
+from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
+from raygrpo.types import Prompt, Rollout, RolloutGroup
+from raygrpo.weights import PackedWeights, unpack
+
+logger = logging.getLogger(__name__)
+
+EXIT_DELAY_S = 1.0  # for the answers to the callers to leave the process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsAck:
+    """A generator's word that it now serves `version`."""
+
+    generator: str
+    version: int
+    num_bytes: int  # 0 where it had the version already
+    drain_s: float  # until the running groups were finished
+    load_s: float  # to verify and load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorStatus:
+    generator: str
+    version: int
+    groups_running: int
+    groups_waiting: int  # for a place in the engine, or for a version
+    num_groups: int  # finished since the process started
+    num_tokens: int  # sampled in finished completions since the process started
+    busy_s: float  # spent in the engine since the process started
+    pid: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Group:
+    ticket: int
+    prompt: Prompt
+    seeds: list[int]
+    result: Future[RolloutGroup] = field(default_factory=Future)
+    engine_id: str = field(default_factory=map(str, itertools.count()).__next__)
+    start_s: float = 0.0  # unix time
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Update:
+    version: int
+    packed: PackedWeights
+    result: Future[WeightsAck] = field(default_factory=Future)
+    received_s: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Score:
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    result: Future[list[float]] = field(default_factory=Future)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Abort:
+    group: _Group
+
+
+_Message = _Group | _Update | _Score | _Abort
+
+
+class Generator:
+    """A plain class: `ray.remote(Generator)` makes it an actor; without Ray it needs no more than an event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        model: ModelConfig,
+        generator: GeneratorConfig,
+        *,
+        max_model_len: int,
+        version_timeout_s: float = 900.0,
+    ):
+        """Start the engine; returns when it is ready. Raises what the engine raises.
+
+        max_model_len: tokens of the longest prompt and completion together.
+        version_timeout_s: how long `generate` waits for a version that was not published yet.
+        """
+        self.name = name
+        self._version_timeout_s = version_timeout_s
+        self._version_changed = asyncio.Event()  # set, and replaced by a new one, at each change
+        self._waiting_for_version = 0
+        self._worker = EngineThread(name, generator.max_groups)
+        num_threads = generator.num_threads or max(1, len(os.sched_getaffinity(0)) // generator.num_actors)
+        self._worker.start(lambda: make_engine(model, generator, max_model_len=max_model_len, num_threads=num_threads))
+
+    async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
+        """One completion for each seed, all sampled under one version, which is `min_version` or later.
+
+        Waits while the generator has an older version; raises TimeoutError when none is published in time. Raises
+        ValueError for a request that the engine cannot serve as it is (too long, say); EngineDeadError when the engine
+        failed. A caller that is cancelled takes its group out of the engine.
+        """
+        await self._reach_version(min_version)
+        group = _Group(ticket=ticket, prompt=prompt, seeds=list(seeds))
+        try:
+            return await self._worker.ask(group)
+        except asyncio.CancelledError:
+            self._worker.inbox.put(_Abort(group=group))
+            raise
+
+    async def load_weights(self, version: int, weights: PackedWeights | list[Any]) -> WeightsAck:
+        """Serve `version` from now on: returns when running groups are finished and the weights are loaded.
+
+        weights: the packed weights, or a list with one Ray reference to them; not looked at when the generator has the
+        version already. Raises ValueError for an older version, damaged weights or foreign tensors: the generator then
+        goes on as it was.
+        """
+        if version == self._worker.version:
+            return WeightsAck(generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0)
+        if version < self._worker.version:
+            raise ValueError(f"{self.name} serves version {self._worker.version}; version {version} is older")
+        packed = await weights[0] if isinstance(weights, list) else weights
+        ack = await self._worker.ask(_Update(version=version, packed=packed))
+        self._version_changed.set()
+        self._version_changed = asyncio.Event()
+        return ack
+
+    async def completion_logprobs(self, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
+        """[C]: log-probabilities under the weights now loaded, at temperature 1 and with nothing cut off, computed
+        anew.
+        """
+        return await self._worker.ask(_Score(prompt_ids=prompt_ids, completion_ids=completion_ids))
+
+    async def status(self) -> GeneratorStatus:
+        return self._worker.status(waiting_for_version=self._waiting_for_version)
+
+    async def _reach_version(self, min_version: int) -> None:
+        self._waiting_for_version += 1
+        try:
+            async with asyncio.timeout(self._version_timeout_s):
+                while self._worker.version < min_version:
+                    await self._version_changed.wait()
+        except TimeoutError:
+            raise TimeoutError(
+                f"{self.name} has version {self._worker.version}; version {min_version} did not come within "
+                f"{self._version_timeout_s:g} s"
+            ) from None
+        finally:
+            self._waiting_for_version -= 1
+
+
+class EngineThread:
+    """The only thread that touches the engine; messages come in by `inbox`, answers go out by each message's future."""
+
+    def __init__(self, name: str, max_groups: int):
+        self.inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self.version = 0
+        self._name = name
+        self._max_groups = max_groups
+        self._running: dict[str, _Group] = {}
+        self._waiting: deque[_Group] = deque()
+        self._updates: deque[_Update] = deque()
+        self._num_groups = 0
+        self._num_tokens = 0
+        self._busy_s = 0.0
+
+    def start(self, make: Callable[[], SamplingEngine]) -> None:
+        """Make the engine in the thread, and return when it is ready."""
+        ready: Future[None] = Future()
+        threading.Thread(target=self._run, args=(make, ready), name=f"{self._name}-engine", daemon=True).start()
+        ready.result()
+
+    async def ask(self, message: _Message) -> Any:
+        self.inbox.put(message)
+        return await asyncio.wrap_future(message.result)
+
+    def status(self, *, waiting_for_version: int) -> GeneratorStatus:
+        return GeneratorStatus(
+            generator=self._name,
+            version=self.version,
+            groups_running=len(self._running),
+            groups_waiting=len(self._waiting) + waiting_for_version,
+            num_groups=self._num_groups,
+            num_tokens=self._num_tokens,
+            busy_s=self._busy_s,
+            pid=os.getpid(),
+        )
+
+    def _run(self, make: Callable[[], SamplingEngine], ready: Future[None]) -> None:
+        try:
+            self._engine = make()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        try:
+            while True:
+                self._receive()
+                if self._updates and not self._running:
+                    self._load(self._updates.popleft())
+                while self._waiting and len(self._running) < self._max_groups and not self._updates:
+                    self._begin(self._waiting.popleft())
+                if self._running:
+                    self._advance()
+        except Exception as error:
+            logger.exception("%s: the engine failed; the process exits", self._name)
+            self._die(error)
+
+    def _receive(self) -> None:
+        """Take in all messages; wait for one only where there is nothing else to do."""
+        idle = not (self._running or self._waiting or self._updates)
+        while idle or not self.inbox.empty():
+            idle = False
+            match self.inbox.get():
+                case _Abort(group=group):
+                    self._abort(group)
+                case message if not message.result.set_running_or_notify_cancel():
+                    pass  # its caller has gone
+                case _Group() as group:
+                    self._waiting.append(group)
+                case _Update() as update:
+                    self._updates.append(update)
+                case _Score() as score:
+                    self._score(score)
+
+    def _begin(self, group: _Group) -> None:
+        group.start_s = time.time()
+        try:
+            self._engine.add_group(group.engine_id, group.prompt.prompt_ids, group.seeds)
+        except ValueError as error:
+            group.result.set_exception(error)
+            return
+        self._running[group.engine_id] = group
+
+    def _advance(self) -> None:
+        start = time.perf_counter()
+        finished = self._engine.step()
+        self._busy_s += time.perf_counter() - start
+        for engine_id, index, rollout in finished:
+            group = self._running[engine_id]
+            group.rollouts[index] = rollout
+            self._num_tokens += len(rollout.completion_ids)
+            if len(group.rollouts) < len(group.seeds):
+                continue
+            del self._running[engine_id]
+            self._num_groups += 1
+            group.result.set_result(
+                RolloutGroup(
+                    ticket=group.ticket,
+                    prompt=group.prompt,
+                    policy_version=self.version,
+                    rollouts=[group.rollouts[i] for i in range(len(group.seeds))],
+                    generator=self._name,
+                    generate_start_s=group.start_s,
+                    generate_end_s=time.time(),
+                )
+            )
+
+    def _abort(self, group: _Group) -> None:
+        if self._running.pop(group.engine_id, None):
+            self._engine.abort_group(group.engine_id)
+        elif group in self._waiting:
+            self._waiting.remove(group)
+
+    def _load(self, update: _Update) -> None:
+        start = time.perf_counter()
+        try:
+            if update.version <= self.version:
+                raise ValueError(f"{self._name} serves version {self.version} already, not {update.version}")
+            self._engine.load_weights(unpack(update.packed))
+        except ValueError as error:
+            update.result.set_exception(error)
+            return
+        self.version = update.version
+        load_s = time.perf_counter() - start
+        self._busy_s += load_s
+        update.result.set_result(
+            WeightsAck(
+                generator=self._name,
+                version=update.version,
+                num_bytes=update.packed.num_bytes,
+                drain_s=start - update.received_s,
+                load_s=load_s,
+            )
+        )
+
+    def _score(self, score: _Score) -> None:
+        try:
+            score.result.set_result(self._engine.score(score.prompt_ids, score.completion_ids))
+        except ValueError as error:
+            score.result.set_exception(error)
+
+    def _die(self, cause: Exception) -> None:
+        """Tell all callers, those that still come too, and leave the process."""
+        error = cause if isinstance(cause, EngineDeadError) else EngineDeadError(f"{type(cause).__name__}: {cause}")
+        for message in (*self._running.values(), *self._waiting, *self._updates):
+            message.result.set_exception(error)
+        threading.Timer(EXIT_DELAY_S, os._exit, args=(1,)).start()
+        while True:
+            message = self.inbox.get()
+            if not isinstance(message, _Abort) and message.result.set_running_or_notify_cancel():
+                message.result.set_exception(error)
