@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from raygrpo.imports import is_object_name
 from raygrpo.presets import PRESETS
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -48,8 +49,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     source: str
-    """A .jsonl or .parquet file or a glob of them (relative to the YAML's directory), a Hugging Face dataset name, or `module:function`
-    that returns an iterable of dicts."""
+    """A .jsonl or .parquet file or a glob of them (relative to the YAML's directory), a Hugging Face dataset name, or
+    `module:function` that returns an iterable of dicts."""
     subset: str | None = None
     """Configuration of a Hugging Face dataset, e.g. main of openai/gsm8k; files and functions have none."""
     split: str = "train"
@@ -73,15 +74,32 @@ class DataConfig(Section):
     overlong_prompts: Literal["error", "drop"] = "error"
     """What happens to a longer prompt: stop before the run, or leave it out and count it."""
     invalid_rows: Literal["error", "drop"] = "error"
-    """What happens to a row that is malformed or has an empty prompt: stop, naming file and line, or leave it out and count it."""
+    """What happens to a row that is malformed or has an empty prompt: stop, naming file and line, or leave it out and
+    count it."""
+
+    @property
+    def source_kind(self) -> Literal["files", "function", "hub"]:
+        if self.source.endswith((".jsonl", ".parquet")):
+            return "files"
+        return "function" if is_object_name(self.source) else "hub"
+
+    @model_validator(mode="after")
+    def _settings_fit_source(self) -> DataConfig:
+        if self.source_kind != "hub" and (self.subset is not None or self.split != "train"):
+            chosen = f"data.subset ({self.subset}) and data.split ({self.split})"
+            raise ValueError(f"{chosen} choose from a Hugging Face dataset; data.source is {self.source}")
+        if self.source_kind != "function" and self.args:
+            raise ValueError(f"data.args ({self.args}) are for a `module:function`; data.source is {self.source}")
+        return self
 
 
 class RewardFunctionConfig(Section):
     use: str
-    """`exact_match`, `numeric_match`, `format`, or `module:name` of a function or class (rewards/functions.py says how each is called)."""
+    """`exact_match`, `numeric_match`, `format`, or `module:name` of a function or class; rewards/functions.py says how
+    each is called."""
     weight: FiniteFloat = 1.0
     """Factor of this function's value in the total reward."""
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
     """Name in metrics (`reward/<name>`); null: the function's own name."""
     timeout_s: PositiveFloat = 30.0
     """A call that takes longer is a failure of that rollout."""
@@ -105,6 +123,8 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _distinct_names(self) -> RewardConfig:
         names = [function.metric_name for function in self.functions]
+        if taken := {"mean", "std", "frac_zero_std", "num_failed"}.intersection(names):
+            raise ValueError(f"reward/{taken.pop()} is a metric of the total reward: give this reward function another `name`")
         if len(set(names)) < len(names):
             raise ValueError(f"two reward functions share a name ({', '.join(names)}): give one of them a `name`")
         return self
@@ -184,7 +204,7 @@ class AdvantageConfig(Section):
     per_reward: bool = False
     """Give each reward function advantages of its own, then weigh and add them (GDPO); else add rewards first."""
     whiten: Literal["none", "rollouts", "tokens"] = "none"
-    """At last give the step's advantages mean 0 and deviation 1 (REINFORCE++), over rollouts or over their tokens."""
+    """At last give the step's advantages mean 0 and deviation 1 (REINFORCE++), over rollouts or over tokens."""
     eps: NonNegativeFloat = 1e-6
     """Added to every standard deviation that divides."""
 
@@ -210,6 +230,9 @@ class KLConfig(Section):
     """Per-token estimate: log ratio, half its square, or the unbiased and never negative k3."""
     placement: Literal["loss", "reward"] = "loss"
     """Add the penalty to the loss of each token, or subtract its sum over a completion from the reward."""
+    gradient: Literal["estimator", "k2", "ratio"] = "estimator"
+    """Of the penalty in the loss: the estimator's own; that of k2, which is the KL's; or the estimator weighted by the
+    policy ratio, which is the KL's also after several updates."""
     target: PositiveFloat | None = None
     """Steer `coef`, from its value here, so that the mean KL of a token stays near this; null: `coef` is fixed."""
     horizon: PositiveInt = 10_000
@@ -219,6 +242,8 @@ class KLConfig(Section):
     def _steerable(self) -> KLConfig:
         if self.target is not None and self.coef == 0:
             raise ValueError(f"kl.target ({self.target}) multiplies kl.coef, which is 0 and would stay 0: set kl.coef")
+        if self.gradient != "estimator" and self.placement == "reward":
+            raise ValueError(f"kl.gradient ({self.gradient}) is for kl.placement loss: a reward has no gradient")
         return self
 
 
@@ -276,6 +301,16 @@ class AlgorithmConfig(Section):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     overlong: OverlongConfig = OverlongConfig()
+    dynamic_sampling: NonNegativeInt = 0
+    """How many fresh prompts a ticket may claim, one after another, while its group has no spread; 0: none."""
+    epochs: PositiveInt = 1
+    """Passes over a step's rollouts."""
+    mini_batches: PositiveInt = 1
+    """Optimizer updates in a pass, each on its share of the step's groups."""
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.epochs * self.mini_batches
 
     @model_validator(mode="before")
     @classmethod
@@ -357,6 +392,17 @@ class RunConfig(Section):
                 f"generator.sampling has {cut} but algorithm.correction.level is none: completions would come from a "
                 "truncated distribution and be trained as if from the policy itself; set algorithm.correction.level to "
                 "token, or sample without cuts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_mini_batches(self) -> RunConfig:
+        groups = self.groups_per_step // self.learner.num_workers
+        if groups % self.algorithm.mini_batches:
+            raise ValueError(
+                f"algorithm.mini_batches ({self.algorithm.mini_batches}) does not divide the {groups} groups that each "
+                f"learner gets in a step (groups_per_step {self.groups_per_step}, learner.num_workers "
+                f"{self.learner.num_workers})"
             )
         return self
 

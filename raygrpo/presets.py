@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_high": 0.28,
         "aggregation": "token_mean",
         "overlong": {"buffer": 0.2, "penalty": 1.0},
+        "dynamic_sampling": 10,
     },
     # Zheng et al., arXiv:2507.18071, equations 5 and 7; section 5.1 for the clip
     "gspo": {

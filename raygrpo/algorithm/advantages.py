@@ -65,7 +65,7 @@ def _relative_to_baseline(values: Tensor, index: Tensor, config: AdvantageConfig
     """[R, K] -> [R, K], each column by itself."""
     if config.baseline == "none" or len(values) == 0:
         return values
-    counts = segment_counts(index, int(index.max()) + 1)[:, None]
+    counts = segment_counts(index, int(index.max()) + 1)[:, None].to(values)
     centred = values - (segment_sum(values, index, len(counts)) / counts)[index]
     result = centred
     if config.baseline == "leave_one_out":

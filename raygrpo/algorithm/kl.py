@@ -30,6 +30,24 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
     return torch.expm1(difference) - difference
 
 
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, log_ratio: Tensor, settings: AlgorithmConfig) -> Tensor:
+    """The penalty of each token in the loss, before its coefficient; same shape as logprobs.
+
+    Its value is settings.kl.estimator (weighted for "ratio"), its gradient by settings.kl.gradient:
+      estimator  the estimator's own; for k1 its mean is 0, for k3 it is that of KL(reference || policy)
+      k2         that of k2 in place of the estimator's: on-policy that of KL(policy || reference)
+      ratio      of the estimator times the policy ratio exp(log_ratio), through both: the same also after several
+                 updates (DeepSeek-V3.2, arXiv:2512.02556, section 3.1)
+    """
+    estimate = kl_estimate(logprobs, ref_logprobs, settings.kl.estimator)
+    if settings.kl.gradient == "k2":
+        square = kl_estimate(logprobs, ref_logprobs, "k2")
+        return estimate.detach() + square - square.detach()
+    if settings.kl.gradient == "ratio":
+        return estimate * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return estimate
+
+
 def kl_reward(
     logprobs: Tensor,
     ref_logprobs: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.algorithm.importance import correction_weights
-from raygrpo.algorithm.kl import MAX_LOG_RATIO, kl_estimate
+from raygrpo.algorithm.kl import MAX_LOG_RATIO, kl_estimate, kl_penalty
 from raygrpo.algorithm.segments import log_ratio_at_level, segment_counts
 from raygrpo.config import AlgorithmConfig
 
@@ -86,10 +86,10 @@ def policy_loss(
 
     coef = settings.kl.coef if kl_coef is None else kl_coef
     if ref_logprobs is not None:
-        estimate = kl_estimate(logprobs, _select(ref_logprobs, counted), settings.kl.estimator)
-        metrics["policy/kl"] = estimate
+        reference = _select(ref_logprobs, counted)
+        metrics["policy/kl"] = kl_estimate(logprobs, reference, settings.kl.estimator)
         if settings.kl.placement == "loss" and coef:
-            loss = loss + coef * (estimate * share).sum()
+            loss = loss + coef * (kl_penalty(logprobs, reference, logprobs - old, settings) * share).sum()
     elif settings.kl.placement == "loss" and coef:
         raise ValueError(f"algorithm.kl.coef is {coef} in the loss: policy_loss needs ref_logprobs")
     if entropy is not None:
