@@ -104,6 +104,17 @@ def check_request(
             raise ValueError(f"a sample seed lies in 0..2**63-1, got {seed}")
 
 
+def check_score(prompt_ids: list[int], completion_ids: list[int], *, max_model_len: int) -> None:
+    """Raise ValueError for what cannot be scored; one token must be left, because vLLM samples one after what it
+    scores.
+    """
+    if not prompt_ids or not completion_ids or len(prompt_ids) + len(completion_ids) >= max_model_len:
+        raise ValueError(
+            f"cannot score {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens: there must be some of "
+            f"each, and fewer than {max_model_len} together"
+        )
+
+
 def check_weights(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming tensors, unless `tensors` has the names and shapes of `expected`."""
     missing = [name for name in expected if name not in tensors]

@@ -7,13 +7,21 @@ option of vLLM's; the few that correctness depends on are refused there.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import GeneratorConfig, ModelConfig
-from raygrpo.engines.sampling import EngineDeadError, check_request, check_weights, checkpoint_shapes, stop_token_ids
+from raygrpo.engines.sampling import (
+    EngineDeadError,
+    check_request,
+    check_score,
+    check_weights,
+    checkpoint_shapes,
+    stop_token_ids,
+)
 from raygrpo.types import Rollout
 
 if TYPE_CHECKING:
@@ -171,12 +179,8 @@ class VllmEngine:
     def score(self, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
         from vllm import SamplingParams
 
+        check_score(prompt_ids, completion_ids, max_model_len=self._max_model_len)
         ids = prompt_ids + completion_ids
-        if not prompt_ids or not completion_ids or len(ids) >= self._max_model_len:
-            raise ValueError(
-                f"cannot score {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens: there must be some "
-                f"of each, and fewer than {self._max_model_len} together"
-            )
         self._num_scores += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         request_id = f"score-{self._num_scores}"
@@ -224,10 +228,11 @@ class VllmEngine:
         completion = output.outputs[0]
         completion_ids = list(completion.token_ids)
         logprobs = list(completion.logprobs.logprobs)
-        if len(logprobs) != len(completion_ids) or completion.finish_reason not in ("stop", "length"):
+        sound = len(logprobs) == len(completion_ids) > 0 and math.isfinite(sum(logprobs))
+        if not sound or completion.finish_reason not in ("stop", "length"):
             raise EngineDeadError(
-                f"vLLM returned {len(completion_ids)} tokens, {len(logprobs)} log-probabilities and finish reason "
-                f"{completion.finish_reason!r} for a completion"
+                f"vLLM returned garbage for a completion: finish reason {completion.finish_reason!r}, tokens "
+                f"{completion_ids[:9]}, log-probabilities {logprobs[:9]} (of {len(completion_ids)} and {len(logprobs)})"
             )
         return Rollout(
             completion_ids=completion_ids,
