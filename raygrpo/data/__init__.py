@@ -1,7 +1,7 @@
 """Datasets -> prompts.
 
-sources.py reads rows and says where each came from; prompts.py renders, checks and tokenises them into a PromptSet;
-order.py says which prompt and which seeds a ticket stands for.
+sources.py reads rows and says where each came from; render.py turns a prompt into text; prompts.py checks and tokenises
+all into a PromptSet; order.py says which prompt and which seeds a ticket stands for.
 """
 
 from raygrpo.data.order import prompt_index, sample_seed

@@ -1,11 +1,7 @@
-"""Rows -> rendered, checked and tokenised prompts.
+"""Rows -> checked and tokenised prompts. Every row is checked before the run starts.
 
-Every row is checked before the run starts. The tokens of a prompt are
-
-    a text        what tokenizer(text) gives, the special tokens that it adds by itself (BOS) included
-    a chat        the chat template's text with the generation prompt, tokenised as it is: the template has written its
-    own special
-                  tokens, and a second BOS would be an error
+A text becomes the tokens of tokenizer(text), the special tokens that it adds by itself (BOS) included. What a chat
+template wrote is tokenised as it is: the template writes its own special tokens, and a second BOS would be an error.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
+from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raygrpo.data.order import prompt_index
+from raygrpo.data.render import BadRow, render_prompt
 from raygrpo.data.sources import SourceRow, read_rows
-from raygrpo.imports import describe_exception
 from raygrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -56,9 +53,7 @@ class DataReport:
     num_rows: int
     dropped: dict[str, int]  # reason ("invalid", "overlong") -> rows left out
     examples: list[str]  # the first of them: "place: what is wrong"
-    columns_left_out: dict[
-        str, str
-    ]  # column whose values are no JSON, so that no reward function sees it -> their type
+    columns_left_out: dict[str, str]  # column with values that are no JSON -> their type; not in Prompt.row
 
     def __str__(self) -> str:
         num_prompts = self.num_rows - sum(self.dropped.values())
@@ -70,8 +65,7 @@ class DataReport:
 
 
 class PromptSet(Sequence[Prompt]):
-    """All prompts of a run, in the order of their source. It lives in one Arrow table, so it is small and cheap to
-    send."""
+    """All prompts of a run, in the order of their source; one Arrow table, so that it is small and cheap to send."""
 
     def __init__(self, table: pa.Table, report: DataReport, *, shuffle: bool):
         self.table = table  # PROMPT_SET_SCHEMA
@@ -95,6 +89,18 @@ class PromptSet(Sequence[Prompt]):
     def num_prompt_tokens(self) -> np.ndarray:
         """[number of prompts] tokens of each."""
         return pc.list_value_length(self.table["prompt_ids"]).to_numpy()
+
+    @property
+    def digest(self) -> str:
+        """Of everything that makes the prompts: a ticket means the same only as long as this is the same."""
+        state = blake2b(digest_size=16)
+        state.update(self.table["prompt_id"].to_numpy().tobytes())
+        state.update(self.num_prompt_tokens.tobytes())
+        state.update(pc.list_flatten(self.table["prompt_ids"]).to_numpy().tobytes())
+        for name in ("text", "answer", "row"):
+            state.update(pc.binary_length(self.table[name]).to_numpy().tobytes())
+            state.update("".join(self.table[name].to_pylist()).encode())
+        return state.hexdigest()
 
 
 def load_prompts(
@@ -170,10 +176,6 @@ class _Checks:
         )
 
 
-class _BadRow(Exception):
-    """What is wrong with one row."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RenderedRow:
     prompt_id: int
@@ -191,7 +193,7 @@ def _render_rows(
         checks.num_rows += 1
         try:
             yield _render_row(prompt_id, row, config, tokenizer, checks)
-        except _BadRow as problem:
+        except BadRow as problem:
             checks.reject("invalid", row.where, str(problem))
 
 
@@ -199,14 +201,14 @@ def _render_row(
     prompt_id: int, row: SourceRow, config: DataConfig, tokenizer: PreTrainedTokenizerBase, checks: _Checks
 ) -> _RenderedRow:
     if row.error:
-        raise _BadRow(row.error)
+        raise BadRow(row.error)
     prompt = _column(row.columns, config.prompt, "data.prompt")
     answer = None if config.answer is None else _column(row.columns, config.answer, "data.answer")
-    text, is_chat = _render_prompt(prompt, config, tokenizer)
+    text, is_chat = render_prompt(prompt, config, tokenizer)
     try:
         answer_json = _json_text(answer)
     except (TypeError, ValueError) as error:
-        raise _BadRow(f"the answer is no JSON value: {error}") from None
+        raise BadRow(f"the answer is no JSON value: {error}") from None
     others = {}
     for name, value in row.columns.items():
         if name in (config.prompt, config.answer):
@@ -215,7 +217,7 @@ def _render_row(
             others[name] = _json_text(value)
         except (TypeError, ValueError):
             checks.columns_left_out.setdefault(name, type(value).__name__)
-    others_json = "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in others.items()) + "}"
+    others_json = "{" + ", ".join(f"{json.dumps(str(name))}: {value}" for name, value in others.items()) + "}"
     return _RenderedRow(
         prompt_id=prompt_id, where=row.where, text=text, is_chat=is_chat, answer=answer_json, row=others_json
     )
@@ -228,66 +230,7 @@ def _column(columns: dict[str, Any], name: str, setting: str) -> Any:
     hint = f"did you mean {setting}={nearest[0]}?" if nearest else f"set {setting} to one of them"
     if setting == "data.answer":
         hint += " Without reference answers: data.answer=null"
-    raise _BadRow(f"no column {name!r} among {', '.join(map(repr, columns)) or 'none'}: {hint}")
-
-
-def _render_prompt(prompt: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """The prompt's text, and whether a chat template wrote it."""
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise _BadRow("the prompt is empty")
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = _messages(prompt)
-    is_chat = not isinstance(prompt, str) or config.system_prompt is not None
-    if config.system_prompt is not None:
-        if messages[0]["role"] == "system":
-            raise _BadRow("the prompt has a system message of its own, and data.system_prompt is set too")
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    text = _apply_template(messages, config, tokenizer) if is_chat else str(prompt)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRow(f"the prompt is no valid Unicode: {error.reason}") from None
-    return text, is_chat
-
-
-def _messages(prompt: Any) -> list[dict[str, Any]]:
-    """Chat messages, checked. Fields that are None are left out: in columnar files every message has every field."""
-    if not isinstance(prompt, list | tuple) or not prompt:
-        kind = "an empty list" if prompt == [] else type(prompt).__name__
-        raise _BadRow(f"the prompt must be a text or a list of chat messages, not {kind}")
-    messages = []
-    for message in prompt:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise _BadRow(f"a chat message must be {{role, content}}, got {str(message)[:200]}")
-        messages.append({key: value for key, value in message.items() if value is not None})
-    last = messages[-1]
-    if last["role"] == "assistant":
-        raise _BadRow(
-            "the last message is the assistant's, which is for the policy to write: leave it out of the prompt"
-        )
-    content = last.get("content")
-    if not content or (isinstance(content, str) and not content.strip()):
-        raise _BadRow("the prompt is empty: its last message has no content")
-    return messages
-
-
-def _apply_template(messages: list[dict[str, Any]], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        cause = "data.system_prompt is set" if config.system_prompt is not None else "prompts are chat messages"
-        raise ValueError(
-            f"{cause}, but the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template: use a model "
-            "with one (most '-Instruct' models), put a chat_template.jinja beside the tokenizer, or give plain texts"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs
-        )
-    except Exception as error:  # templates raise what their authors chose, for messages they do not support
-        raise _BadRow(f"the chat template refuses the prompt: {describe_exception(error)}") from error
-    assert isinstance(text, str)
-    return text
+    raise BadRow(f"no column {name!r} among {', '.join(map(repr, columns)) or 'none'}: {hint}")
 
 
 def _tokenise(batch: list[_RenderedRow], tokenizer: PreTrainedTokenizerBase, checks: _Checks) -> pa.RecordBatch:

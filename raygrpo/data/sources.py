@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raygrpo.imports import describe_exception, import_object, is_object_name
+from raygrpo.imports import describe_exception, import_object
 
 if TYPE_CHECKING:
     from raygrpo.config import DataConfig
@@ -30,10 +30,10 @@ class SourceRow:
 def read_rows(config: DataConfig, import_paths: Sequence[str] = ()) -> Iterator[SourceRow]:
     """All rows of `config.source`, always in the same order; files of a glob in the order of their names."""
     source = config.source
-    if source.endswith((".jsonl", ".parquet")):
+    if config.source_kind == "files":
         for path in _matching_files(source):
             yield from _jsonl_rows(path) if path.endswith(".jsonl") else _parquet_rows(path)
-    elif is_object_name(source):
+    elif config.source_kind == "function":
         yield from _function_rows(source, config.args, import_paths)
     elif os.path.isfile(source) or glob.has_magic(source):
         raise ValueError(f"data.source {source!r}: files must be .jsonl (one JSON object a line) or .parquet")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import fcntl
+import inspect
 import math
 import os
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 from raygrpo.imports import describe_exception
 from raygrpo.rewards.functions import RewardFunction, load_function
 from raygrpo.rewards.wire import receive, send
+
+_reported: set[str] = set()  # places where functions failed
 
 
 def main(connection_fd: int, lifeline_fd: int) -> None:
@@ -35,9 +38,10 @@ def main(connection_fd: int, lifeline_fd: int) -> None:
                 while True:
                     _answer(receive(connection), functions, connection, runner)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent is done with us
-    finally:
-        os._exit(0)  # whatever threads a function has left behind
+        os._exit(0)  # the parent is done with us, whatever threads a function has left behind
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
 
 
 def die_with_parent(lifeline_fd: int) -> None:
@@ -63,8 +67,7 @@ def _load(specs: list[dict[str, Any]], connection: socket.socket) -> list[Reward
 def _answer(
     request: dict[str, Any], functions: list[RewardFunction], connection: socket.socket, runner: asyncio.Runner
 ) -> None:
-    """One message for each call as soon as its value is known: in the order of the calls, or async ones in the order
-    they finish."""
+    """One message for each call, as soon as its value is known; async calls run at once and finish in any order."""
     function, calls, timeout_s = functions[request["function"]], request["calls"], request["timeout_s"]
     if function.is_async:
         runner.run(_answer_async(function, calls, timeout_s, connection))
@@ -84,31 +87,39 @@ async def _answer_async(
         try:
             async with asyncio.timeout(timeout_s) as timer:
                 outcome = _as_reward(await function.call(**arguments))
-        except (Exception, asyncio.CancelledError) as error:
-            outcome = {"error": f"took longer than {timeout_s:g} s"} if timer.expired() else _failure(error)
+        except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
+            outcome = {} if timer.expired() else _failure(error)
+        if timer.expired():
+            outcome = {"error": f"took longer than {timeout_s:g} s"}
         send(connection, {"call": index} | outcome)
 
     await asyncio.gather(*(answer(index, arguments) for index, arguments in enumerate(calls)))
 
 
 def _as_reward(value: Any) -> dict[str, Any]:
-    """A finite float, or why it is none. Booleans, NumPy scalars and one-element tensors count as numbers; texts do
-    not."""
-    if isinstance(value, str | bytes) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    """A finite float, or why it is none. Booleans, NumPy scalars and one-element tensors are numbers, texts are not."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return {"error": f"returned {_shown(value)}, which is no number"}
-    number = float(value)
     if not math.isfinite(number):
         return {"error": f"returned {number}, which is not finite"}
     return {"value": number}
 
 
 def _shown(value: Any) -> str:
-    if asyncio.iscoroutine(value):
+    if inspect.iscoroutine(value):
         value.close()
         return "a coroutine (declare the function itself `async`)"
     return f"{repr(value)[:200]} ({type(value).__name__})"
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    traceback.print_exception(error, limit=-8)  # the whole story for the process's log
-    return {"error": f"raised {describe_exception(error)}"}
+    described = describe_exception(error)
+    place = described.rpartition("(")[2]
+    if place not in _reported:  # the whole story goes to the process's log once
+        _reported.add(place)
+        traceback.print_exception(error)
+    return {"error": f"raised {described}"}

@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raygrpo.rewards.wire import receive, send
 
@@ -52,12 +52,11 @@ class RewardProcess:
         self._start()
 
     def call(self, function: int, calls: Sequence[dict[str, Any]]) -> list[Outcome]:
-        """Call one function several times; each call names all arguments that a function may ask for, and each has its
-        own deadline.
+        """Call one function several times, each with a deadline of its own.
 
-        A call that fails, hangs or kills the process does not change the outcome of the others. Async functions run all
-        calls at once; if the process is lost meanwhile, no one knows whose fault it was, and the unanswered calls are
-        repeated one by one.
+        calls: values for all of functions.ARGUMENTS. A call that fails, hangs or kills the process does not change the
+        outcome of the others. Async functions run all calls at once; if the process is lost meanwhile, no one knows
+        whose fault it was, and the unanswered calls are repeated one by one.
         """
         outcomes: dict[int, Outcome] = {}
         pending = list(range(len(calls)))
@@ -65,7 +64,7 @@ class RewardProcess:
         while pending:
             batch = pending[:1] if one_by_one else pending
             try:
-                if not self._is_alive():
+                if _state(self._child) != "running":
                     self._end()
                     self._start()
             except ValueError as error:
@@ -84,13 +83,6 @@ class RewardProcess:
     def close(self) -> None:
         """End the child. Calling it again does nothing; a later `call` would start a new child."""
         self._end()
-
-    def _is_alive(self) -> bool:
-        """Without reaping: until `_end` has killed the group, its number must not be given to others."""
-        try:
-            return os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        except ChildProcessError:
-            return False
 
     def _start(self) -> None:
         """Start a child, in place of the one before, and have it load the functions."""
@@ -123,8 +115,7 @@ class RewardProcess:
         self._loaded = answer["functions"]
 
     def _run(self, function: int, calls: dict[int, dict[str, Any]], outcomes: dict[int, Outcome]) -> str:
-        """Have the child make these calls and collect their outcomes. Returns how the child was lost, or "" when all
-        calls were answered."""
+        """Have the child make these calls and add their outcomes. Returns "", or how the child was lost meanwhile."""
         settings, loaded = self._functions[function], self._loaded[function]
         name = f"reward function {settings.metric_name!r}"
         indices = list(calls)
@@ -145,6 +136,9 @@ class RewardProcess:
             return f"{name} took longer than {settings.timeout_s:g} s"
         except (EOFError, OSError):
             return f"{name} {self._how_it_ended()}"
+        except BaseException:  # interrupted: the answers still to come would be taken for those of the next call
+            self._end()
+            raise
         return ""
 
     def _how_it_ended(self) -> str:
@@ -155,13 +149,22 @@ class RewardProcess:
         return f"ended its process ({how})"
 
 
+def _state(child: subprocess.Popen) -> Literal["running", "dead", "reaped"]:
+    """Looks without reaping: as long as the child has not been waited for, nobody else can get its number."""
+    try:
+        exited = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return "reaped"
+    return "running" if exited is None else "dead"
+
+
 def _end(child: subprocess.Popen, connection: socket.socket, lifeline: int, owner: int) -> None:
-    """Kill the child and all processes in its group. Waiting comes last: until then the group's number cannot go to
-    others."""
+    """Kill the child with all processes of its group, and release what belongs to it."""
     if os.getpid() != owner:  # a fork of the parent, at its exit
         return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    if _state(child) != "reaped":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     connection.close()
     os.close(lifeline)
