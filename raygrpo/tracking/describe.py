@@ -1,7 +1,8 @@
-"""What stands on a run's page besides its numbers: settings as flat parameters, versions and commit as tags, the description."""
+"""What stands on a run's page besides numbers: settings as parameters, versions and commit as tags, a description."""
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ VERSIONS = {
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Leaves of a tree of settings by their dotted path; texts as they are, other values as JSON. An empty list or mapping is a leaf."""
+    """Leaves of a tree by their dotted path; texts as they are, other values (an empty list or mapping too) as JSON."""
     if isinstance(tree, dict | list) and tree:
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
         flat: dict[str, str] = {}
@@ -36,16 +37,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def provenance_tags() -> dict[str, str]:
-    """Who and what made the run: user, git commit of the working directory (if any), versions of what decides the numbers."""
+    """Who and what made the run: user, git commit of the working directory, versions of what decides the numbers."""
     tags = {
         "mlflow.source.name": "raygrpo train",
         "mlflow.source.type": "LOCAL",
         "version.python": platform.python_version(),
     }
-    try:
+    with contextlib.suppress(OSError, KeyError):  # a container's user without a name
         tags["mlflow.user"] = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        pass
     for name, distributions in VERSIONS.items():
         for distribution in distributions:
             try:
@@ -64,8 +63,9 @@ def description(config: RunConfig, run_dir: Path, links: dict[str, str], resume_
     """The run's note, in Markdown."""
     rewards = ", ".join(f"{function.metric_name} x {function.weight:g}" for function in config.reward.functions)
     lines = [
-        f"GRPO on `{config.model.path}` with `{config.data.source}`: {config.num_steps} steps of {config.groups_per_step} prompts x "
-        f"{config.group_size} completions, rewards: {rewards}, max_staleness {config.max_staleness}.",
+        f"GRPO on `{config.model.path}` with `{config.data.source}`: {config.num_steps} steps of "
+        f"{config.groups_per_step} prompts x {config.group_size} completions, rewards: {rewards}, "
+        f"max_staleness {config.max_staleness}.",
         "",
         f"* Run directory: `{run_dir}`",
     ]

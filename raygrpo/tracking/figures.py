@@ -17,7 +17,7 @@ INK, BLUE, ORANGE, GREEN, GRID = "#333333", "#2563eb", "#d97706", "#059669", "#e
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Exponential moving average with weight 2 / (span + 1), unbiased at its start; NaN counts as no observation. values: [N]."""
+    """Exponential moving average of values [N], weight 2 / (span + 1), unbiased at its start; NaN is no observation."""
     decay = 1.0 - 2.0 / (span + 1.0)
     smoothed, total, weight = np.empty(len(values)), 0.0, 0.0
     for i, value in enumerate(values):

@@ -1,8 +1,8 @@
 """What a run has tracked, on the local disk: nothing is lost when MLflow, or this process, goes away.
 
-`metrics.jsonl` holds one line per logged step, for ever: the local truth, from which a store that missed something is filled.
-`spool/` holds one file per thing that is not a metric (a table, a trace, an artifact, a change of status) until the store has it.
-Neither raises for a full or broken disk: what cannot be written is kept in memory and said loudly.
+`metrics.jsonl` holds one line per logged step, for ever: the local truth, from which a store that missed something is
+filled. `spool/` holds one file per thing that is not a metric (a table, a trace, an artifact, a change of status) until
+the store has it. Neither raises for a full or broken disk: what cannot be written is kept in memory and said loudly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Item = dict[str, Any]  # JSON; `kind` says what it is and so how store.py delive
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The metrics of one call of `log_step`. `time_ms` identifies the point in MLflow: sent twice, it is stored once."""
+    """The metrics of one call of `log_step`. With the step, `time_ms` tells a point sent again from one logged anew."""
 
     step: int
     time_ms: int

@@ -1,8 +1,8 @@
 """One MLflow run: entering it, and delivering to it what the journal holds. Every word said to MLflow is said here.
 
-Nothing here retries: a failed call raises, the tracker waits and connects anew, and `connect` reads from the store what it has, so
-that whatever happened to the failed call nothing is lost and nothing is stored twice. MLflow is imported on the first connection (it
-takes seconds), in the tracker's thread.
+Nothing here retries: a failed call raises, the tracker waits and connects anew, and `connect` reads from the store what
+it has, so that whatever happened to the failed call nothing is lost and nothing is stored twice. MLflow is imported on
+the first connection (it takes seconds), in the tracker's thread.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.config import RunConfig
 from raygrpo.tracking.describe import description, flatten, provenance_tags
 from raygrpo.tracking.journal import Item, Record
+from raygrpo.tracking.traces import deliver_trace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,9 +47,9 @@ TABLES_TAG = (
 
 
 def resolve_tracking_uri(config: RunConfig) -> str:
-    """Where this run is tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else a sqlite file in `output_dir`; paths made absolute.
+    """Where this run is tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else a sqlite file in `output_dir`.
 
-    Raises ValueError for a store of plain files, which MLflow no longer writes.
+    Paths are made absolute. Raises ValueError for a store of plain files, which MLflow no longer writes.
     """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -57,8 +58,9 @@ def resolve_tracking_uri(config: RunConfig) -> str:
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
     if ("://" not in uri and not uri.startswith("databricks")) or uri.startswith("file:"):
         raise ValueError(
-            f"the tracking URI {uri!r} is a directory, which MLflow no longer writes to: set tracking.uri (or MLFLOW_TRACKING_URI) "
-            f"to a database such as sqlite:///{Path(config.output_dir) / 'mlflow.db'}, or to a server such as http://127.0.0.1:5000"
+            f"the tracking URI {uri!r} is a directory, which MLflow no longer writes to: set tracking.uri (or "
+            f"MLFLOW_TRACKING_URI) to a database such as sqlite:///{Path(config.output_dir) / 'mlflow.db'}, or to a "
+            "server such as http://127.0.0.1:5000"
         )
     return uri
 
@@ -75,7 +77,12 @@ def ui_command(uri: str) -> str | None:
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     """The run's page; on port 5000 of this machine (as `ui_command` serves it) where the store is no server."""
     server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else "http://127.0.0.1:5000"
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def without_password(uri: str) -> str:
+    """For logs: user:password@host becomes user:***@host."""
+    return re.sub(r"(://[^/:@]*):[^@/]*@", r"\1:***@", uri)
 
 
 def metric_name(name: str) -> str:
@@ -138,7 +145,7 @@ class MlflowRun:
             self._described = True
 
     def log_metrics(self, records: list[Record]) -> None:
-        """Deliver the points that the store lacks, in order. One call for a step; more, or more steps in one, after an outage."""
+        """Deliver the points that the store lacks, in order: one call for a step, or for many steps after an outage."""
         from mlflow.entities import Metric
 
         missing: list[Metric] = []
@@ -166,6 +173,8 @@ class MlflowRun:
                 self.client.log_text(self._id, item["text"], item["artifact_file"])
             case "table":
                 self._deliver_table(item["artifact_file"], item["columns"], item["data"])
+            case "trace":
+                deliver_trace(self.client, self.experiment_id, self._id, item)
             case "status" if item["end_time_ms"] is None:
                 self.client.update_run(self._id, status=item["status"])
             case "status":
@@ -187,11 +196,13 @@ class MlflowRun:
             artifacts = (
                 (Path(self.config.output_dir).expanduser().absolute() / "mlartifacts").as_uri() if local else None
             )
-            return self.client.create_experiment(name, artifact_location=artifacts)
+            # Without a kind, the traces make the UI open on its page for chat applications.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return self.client.create_experiment(name, artifact_location=artifacts, tags=tags)
         if experiment.lifecycle_stage != "active":
             raise RuntimeError(
-                f"the MLflow experiment {name!r} (id {experiment.experiment_id}) is deleted: restore it with `mlflow experiments "
-                f"restore -x {experiment.experiment_id}`, or set tracking.experiment to another name"
+                f"the MLflow experiment {name!r} is deleted: restore it with `mlflow experiments restore -x "
+                f"{experiment.experiment_id}`, or set tracking.experiment to another name"
             )
         return experiment.experiment_id
 
@@ -242,7 +253,7 @@ class MlflowRun:
         self.client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _deliver_table(self, artifact_file: str, columns: list[str], data: list[list[Any]]) -> None:
-        """As MlflowClient.log_table, which appends to a file that exists: delivered twice, its rows would be there twice."""
+        """As MlflowClient.log_table, but that appends to a file that exists: delivered twice, rows would double."""
         self.client.log_text(self._id, json.dumps({"columns": columns, "data": data}), artifact_file)
         tables = json.loads(self.client.get_run(self._id).data.tags.get(TABLES_TAG, "[]"))
         entry = {"path": artifact_file, "type": "table"}
@@ -253,7 +264,7 @@ class MlflowRun:
             self.client.set_tag(self._id, TABLES_TAG, json.dumps(tables))
 
     def _tell_repeated(self) -> None:
-        """Steps trained again after a resume: MLflow cannot replace a point, and two points at one step are worse than the first."""
+        """Steps trained again after a resume: MLflow cannot replace a point, and two at a step are worse than one."""
         steps = ", ".join(map(str, sorted(self._repeated)))
         if steps != self._told:
             logger.warning(
@@ -270,8 +281,9 @@ def _truncated(text: str, limit: int) -> str:
 
 
 def _quiet_mlflow() -> None:
-    """MLflow's own progress, prints and usage statistics stay off, and its requests give up in seconds: we retry. The user's
-    settings in the environment win."""
+    """MLflow's own progress, prints and usage statistics stay off, and its requests give up in seconds: we retry.
+
+    What the user's environment sets wins."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
