@@ -51,8 +51,8 @@ class DeepSpeedEngine:
     backward is a collective.
     """
 
-    def __init__(self, module: nn.Module, policy: nn.Module, learner: LearnerConfig, *, dtype: str, num_updates: int):
-        """module: what `__call__` runs (a wrapper around the policy); policy: the Hugging Face model whose weights are read."""
+    def __init__(self, policy: nn.Module, learner: LearnerConfig, *, dtype: str, num_updates: int):
+        """policy: a Hugging Face model, prepared by enable_shared_prefix. num_updates: of the whole run, for the learning rate."""
         import deepspeed
 
         # A shared-memory all-reduce for CPUs that DeepSpeed would compile at start-up (two minutes, needs g++ and ninja).
@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         self._settings = learner.optimizer
         self._num_updates = num_updates
         self._policy = policy
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self._settings.lr,
@@ -69,12 +69,13 @@ class DeepSpeedEngine:
             weight_decay=self._settings.weight_decay,
         )
         config = deepspeed_config(learner, dtype)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         self._is_zero3 = self._engine.zero_optimization_partition_weights()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, with DeepSpeed's hooks."""
-        return self._engine(*args, **kwargs)
+    @property
+    def module(self) -> nn.Module:
+        """The policy behind DeepSpeed's hooks: what every forward pass must go through."""
+        return self._engine
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch. The losses of all micro-batches of all ranks are summed, so `loss` must already be divided by the

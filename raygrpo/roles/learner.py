@@ -186,7 +186,7 @@ def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, Mo
     reference = load().eval().requires_grad_(False) if algorithm.kl.coef > 0 else None
     shape = ModelShape.from_config(policy.config)
     num_updates = config.num_steps * algorithm.updates_per_step
-    engine = DeepSpeedEngine(policy, policy, learner, dtype=config.model.dtype, num_updates=num_updates)
+    engine = DeepSpeedEngine(policy, learner, dtype=config.model.dtype, num_updates=num_updates)
     updater = PolicyUpdater(
         engine,
         reference,

@@ -9,7 +9,7 @@ Shapes: R rollouts of this rank's groups, S their completion tokens, K reward fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ class PolicyUpdater:
         failed = batch.rewards.isnan().any(dim=1)
         old_logprobs = ref_logprobs = None
         if self._settings.updates_per_step > 1 or (self._reference is not None and self._kl_in_reward):
-            old_logprobs = self._score(self._engine, batch.groups)
+            old_logprobs = self._score(self._engine.module, batch.groups)
         if self._reference is not None:
             ref_logprobs = self._score(self._reference, batch.groups)
 
@@ -273,7 +273,7 @@ class PolicyUpdater:
             return loss
 
         accumulate_gradients(
-            self._engine,
+            self._engine.module,
             groups,
             loss_fn,
             self._max_tokens,
@@ -301,7 +301,7 @@ class PolicyUpdater:
         active = set(batch.local_group[advantages != 0].tolist())
         return {position for position, index in enumerate(members) if index not in active}
 
-    def _score(self, model: Callable, groups: Sequence[TokenGroup]) -> Tensor:
+    def _score(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
         """[S] log-probabilities without gradient, in streams of at most max_tokens; as many passes on every rank."""
         pieces = [piece for group in groups for piece in _pieces(group, self._max_tokens)]
         streams = pack(pieces, self._max_tokens)

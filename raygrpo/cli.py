@@ -1,0 +1,107 @@
+"""The commands. Each loads what it needs when it runs, so that `raygrpo --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="GRPO post-training on Ray: vLLM generators, verifiable rewards, DeepSpeed learners with a shared-prefix forward.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure raygrpo itself.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="A run's YAML, e.g. pipelines/quickstart.yaml.", show_default=False)
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that replace those of the YAML, e.g. seed=1 learner.optimizer.lr=1e-5; values are YAML.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train a policy as CONFIG says, to the end.
+
+    Ends with a summary: reward before and after, a picture of the reward curve, where the time went, the exported model, and the
+    command that opens the run in the MLflow UI. Everything is written to output_dir/<name>-<time>.
+
+    Example: raygrpo train pipelines/quickstart.yaml seed=1 max_staleness=1
+    """
+    from raygrpo.console import print_summary, show_progress
+    from raygrpo.prepare import prepare
+    from raygrpo.train import train as run
+
+    settings = _load(config, overrides)
+    prepared = _or_exit(lambda: prepare(settings, config.parent))
+    try:
+        with show_progress(settings) as (on_step, on_phase):
+            result = run(prepared, on_step, on_phase)
+    except RuntimeError as error:
+        _fail(f"training failed: {error}")
+    print_summary(settings, result)
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Validate CONFIG without starting anything: settings, data, rewards, and what a step will be made of.
+
+    Shows the first prompts as the model will see them, tries the reward functions on a sample, and prints the batch algebra: prompts, groups,
+    completions, tokens, micro-batches, updates, and the CPUs and GPUs asked for against those there.
+
+    Example: raygrpo check pipelines/quickstart.yaml groups_per_step=32
+    """
+    from raygrpo.check import check as run
+
+    settings = _load(config, overrides)
+    if not _or_exit(lambda: run(settings, config.parent)):
+        raise typer.Exit(1)
+
+
+@bench.command("shared-prefix")
+def bench_shared_prefix(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Four points, in about a minute.")] = False,
+) -> None:
+    """Time and memory of the shared-prefix forward and backward against encoding every prompt + completion.
+
+    One thread, CPU time, interleaved in one process; every row also shows that the results are equal.
+    """
+    from raygrpo.bench.shared_prefix import main as run
+
+    run(json=json, quick=quick)
+
+
+def _load(config: Path, overrides: list[str] | None):
+    from raygrpo.config import load_config
+
+    return _or_exit(lambda: load_config(config, overrides))
+
+
+def _or_exit(action):
+    """The action's result; what a user got wrong becomes a message, without a traceback."""
+    try:
+        return action()
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _fail(message: str):
+    typer.secho(f"raygrpo: {message}", fg="red", err=True)
+    sys.exit(1)
+
+
+def main() -> None:
+    app()

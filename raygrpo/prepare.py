@@ -1,0 +1,109 @@
+"""What can be known of a run before anything is started: model, tokenizer, prompts, lengths, resources.
+
+`raygrpo check` prints it; `raygrpo train` starts from it, so that whatever is wrong with a run is said in its first seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raygrpo.config import RunConfig
+from raygrpo.data import PromptSet, load_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    """A run whose model and data were found and checked."""
+
+    config: RunConfig
+    import_paths: list[str]  # where `module:function` is looked for
+    model: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    max_model_len: int  # tokens of the longest prompt and completion together: what a generator must hold
+
+
+def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
+    """Find and check model and data. config_dir: of the YAML; functions are looked for there, then in the current directory.
+
+    Raises ValueError with what to do.
+    """
+    import_paths = [str(Path(config_dir).resolve()), str(Path.cwd())]
+    sys.path[:0] = [path for path in import_paths if path not in sys.path]
+    model, tokenizer = _load_model_config(config)
+    context = getattr(model.get_text_config(), "max_position_embeddings", None)
+    completion = config.generator.sampling.max_tokens
+    if context is not None and completion >= context:
+        raise ValueError(
+            f"generator.sampling.max_tokens ({completion}) leaves no room for a prompt in the context of "
+            f"{config.model.path} ({context} tokens)"
+        )
+    longest = context - completion if context is not None else sys.maxsize
+    if config.data.max_prompt_tokens is not None:
+        if config.data.max_prompt_tokens > longest:
+            raise ValueError(
+                f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) and generator.sampling.max_tokens "
+                f"({completion}) exceed the context of {config.model.path} ({context} tokens)"
+            )
+        longest = config.data.max_prompt_tokens
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=longest, import_paths=import_paths)
+    max_model_len = int(prompts.num_prompt_tokens.max()) + completion
+    if max_model_len > config.learner.max_tokens:
+        raise ValueError(
+            f"learner.max_tokens ({config.learner.max_tokens}) does not hold the longest prompt with its completion "
+            f"({max_model_len - completion} + {completion} tokens), and a sequence is not cut: raise it to {max_model_len}"
+        )
+    return PreparedRun(
+        config=config,
+        import_paths=import_paths,
+        model=model,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        max_model_len=max_model_len,
+    )
+
+
+def _load_model_config(config: RunConfig) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    path, trust = config.model.path, config.model.trust_remote_code
+    if Path(path).is_absolute() and not Path(path, "config.json").exists():
+        raise ValueError(f"model.path: there is no model at {path} (no config.json)")
+    try:
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: {path!r} is neither a local model nor one that the Hugging Face hub gives: {reason}"
+        ) from None
+    return model, tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a run reserves in Ray."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def required_resources(config: RunConfig) -> Resources:
+    """Logical CPUs and GPUs of all actors together: generators, learners, scorers, and the stages and actors around them."""
+    generator, learner, reward = config.generator, config.learner, config.reward
+    groups_in_flight = (config.max_staleness + 1) * config.groups_per_step
+    proxies = 0.01 * math.ceil(groups_in_flight / 64)
+    return Resources(
+        num_cpus=generator.num_actors * generator.num_cpus
+        + learner.num_workers * learner.num_cpus
+        + reward.num_workers * reward.num_cpus
+        + proxies,
+        num_gpus=generator.num_actors * generator.num_gpus + learner.num_workers * learner.num_gpus,
+    )

@@ -1,0 +1,256 @@
+"""The main loop: control in the driver, data in Ray Data.
+
+    launch      tracker, generators, controller            (Ray actors; the generators' engines start while the learners do)
+    train       TorchTrainer.fit: the learner gang pulls the stream, updates, publishes; the gate opens; and again
+    finish      the exported policy, the last figures, the summary
+
+The driver only waits and shows progress: no rollout passes through it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raygrpo.config import RunConfig
+from raygrpo.prepare import PreparedRun, required_resources
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from raygrpo.tracking import Links
+    from raygrpo.types import StepMetrics
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5  # between looks at the run's progress
+EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
+ProgressFn = Callable[[int, "StepMetrics"], None]  # a step was finished: (step, its metrics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    run_dir: str
+    export_dir: str  # the trained policy as a Hugging Face model
+    history: dict[int, StepMetrics]  # by step
+    links: Links  # where MLflow shows it
+
+
+def train(prepared: PreparedRun, on_step: ProgressFn, on_phase: Callable[[str], None]) -> RunResult:
+    """Train to the end and return what came of it. on_step and on_phase are called as the run proceeds, for the screen.
+
+    Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
+    """
+    config = prepared.config
+    run_dir = new_run_directory(config)
+    with connect_to_ray(config, run_dir):
+        import ray
+
+        on_phase("starting generators and learners")
+        tracker = launch_tracker(config, run_dir)
+        generators = launch_generators(prepared, run_dir.name)
+        controller = launch_controller(prepared, generators, run_dir.name)
+        status = "FAILED"
+        try:
+            with _follow(tracker, on_step, on_phase):
+                run_gang(prepared, controller, tracker, run_dir)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            links = ray.get(tracker.finish.remote(status))
+        history = ray.get(tracker.history.remote())
+    return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
+
+
+def new_run_directory(config: RunConfig) -> Path:
+    """output_dir/<name>-<time>, new. `output_dir/<name>-latest` points to it."""
+    root = Path(config.output_dir).expanduser().absolute()
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for attempt in range(100):
+        run_dir = root / (f"{config.name}-{stamp}" + (f"-{attempt}" if attempt else ""))
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    latest = root / f"{config.name}-latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(run_dir.name)
+    return run_dir
+
+
+@contextmanager
+def connect_to_ray(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    demand = required_resources(config)
+    # A laptop's cores are shared by roles that mostly take turns: logical CPUs must fit, they do not bind anything.
+    num_cpus = max(os.cpu_count() or 1, math.ceil(demand.num_cpus) + 1)
+    options: dict[str, Any] = {"runtime_env": {"env_vars": worker_environment(config)}, "logging_level": logging.ERROR}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """Environment variables of every worker process of the run."""
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "DEEPSPEED_TIMEOUT": "120",  # minutes
+        "DS_LOG_LEVEL": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if config.learner.num_gpus == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def launch_tracker(config: RunConfig, run_dir: Path) -> ActorHandle:
+    import ray
+
+    from raygrpo.tracking import Tracker
+
+    actor = ray.remote(Tracker).options(name=f"{run_dir.name}-tracker", num_cpus=0, max_concurrency=4)
+    tracker = actor.remote(config, str(run_dir))
+    ray.get(tracker.start.remote())
+    return tracker
+
+
+def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
+    """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for them."""
+    import ray
+
+    from raygrpo.roles.generator import Generator
+
+    config = prepared.config
+    generators = {}
+    for index in range(config.generator.num_actors):
+        name = f"generator-{index}"
+        actor = ray.remote(Generator).options(
+            name=f"{run_name}-{name}",
+            num_cpus=config.generator.num_cpus,
+            num_gpus=config.generator.num_gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+        generators[name] = actor.remote(
+            name, config.model, config.generator, max_model_len=prepared.max_model_len
+        )
+    return generators
+
+
+def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle], run_name: str) -> ActorHandle:
+    import ray
+
+    from raygrpo.roles.controller import RolloutController
+
+    config = prepared.config
+    actor = ray.remote(RolloutController).options(name=f"{run_name}-controller", num_cpus=0, max_concurrency=10_000)
+    return actor.remote(
+        prepared.prompts,
+        generators,
+        seed=config.seed,
+        groups_per_step=config.groups_per_step,
+        group_size=config.group_size,
+        max_staleness=config.max_staleness,
+    )
+
+
+def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run_dir: Path) -> None:
+    """Ray Train's gang of learners on the stream, to the end of the run."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raygrpo.roles.learner import LearnerSetup, run_learner
+    from raygrpo.stream import configure_ray_data, data_config, segment_dataset
+
+    config = prepared.config
+    configure_ray_data()
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    learner = config.learner
+    resources = {"CPU": learner.num_cpus} | ({"GPU": learner.num_gpus} if learner.num_gpus else {})
+    segment = segment_dataset(
+        config.num_steps * config.groups_per_step,
+        controller,
+        config.reward,
+        prepared.import_paths,
+        groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
+    )
+    setup = LearnerSetup(config=config, controller=controller, tracker=tracker, export_dir=str(run_dir / EXPORT_DIR))
+    trainer = TorchTrainer(
+        run_learner,
+        train_loop_config=setup,  # type: ignore[arg-type]
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo", timeout_s=7200),
+        run_config=ray.train.RunConfig(name="learners", storage_path=str(run_dir)),
+        datasets={"segment": segment},
+        dataset_config=data_config(),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(root_cause(error)) from error
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line of what went wrong deepest inside, without the traceback of Ray's layers."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = failures[min(failures)]
+    text = str(getattr(error, "cause", None) or error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
+
+
+@contextmanager
+def _follow(tracker: ActorHandle, on_step: ProgressFn, on_phase: Callable[[str], None]) -> Iterator[None]:
+    """Call on_step for every step as it is logged, from a thread, while the body runs."""
+    import ray
+
+    done = threading.Event()
+
+    def look(next_step: int) -> int:
+        for step, metrics in ray.get(tracker.history.remote(next_step)).items():
+            if next_step == 0:
+                on_phase("training")
+            on_step(step, metrics)
+            next_step = step + 1
+        return next_step
+
+    def poll() -> None:
+        next_step = 0
+        while not done.wait(POLL_S):
+            next_step = look(next_step)
+        look(next_step)
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
