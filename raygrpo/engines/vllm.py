@@ -103,6 +103,8 @@ class VllmEngine:
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": f"{__name__}.{WeightsExtension.__name__}",
         }
+        if on_cpu:
+            _register_architecture(model)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**options))
         self._tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         self._sampling = generator.sampling
@@ -269,6 +271,19 @@ def _repack_tied_head(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embeddings:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _register_architecture(model: ModelConfig) -> None:
+    """Show vLLM the model's class. It would start another Python to look at it (10 s of CPU on a fresh machine), so as
+    not to initialise CUDA in this one.
+    """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    for architecture in config.architectures or []:
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def _prepare_environment() -> bool:
