@@ -38,7 +38,7 @@ def compute_advantages(
     """
     dtype = rewards.dtype if rewards.dtype in (torch.float32, torch.float64) else torch.float32
     config = settings.advantage
-    values = rewards.double().reshape(len(rewards), -1)  # [R, K]
+    values = rewards.double() if rewards.ndim == 2 else rewards.double()[:, None]  # [R, K]
     if values.shape[0] != group_index.shape[0]:
         raise ValueError(f"{values.shape[0]} rewards but {group_index.shape[0]} group indices")
     weights = values.new_ones(values.shape[1]) if reward_weights is None else reward_weights.to(values)

@@ -135,8 +135,11 @@ def _surrogate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Per-token loss [S] before the importance weight, and per-token metrics [S] to be averaged over tokens."""
     if settings.loss == "sapo":
-        positive, negative = settings.sapo_temperature_positive, settings.sapo_temperature_negative
-        tau = torch.where(advantage > 0, positive, negative).to(ratio)
+        positive = ratio.new_tensor(
+            settings.sapo_temperature_positive
+        )  # as tensors: of two numbers, where() makes float32
+        negative = ratio.new_tensor(settings.sapo_temperature_negative)
+        tau = torch.where(advantage > 0, positive, negative)
         return -advantage * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, {}
     low, high = 1 - settings.clip_low, 1 + settings.clip_high
     clipped = ratio.clamp(low, high)

@@ -154,8 +154,9 @@ def trl_grpo_loss(
         args=SimpleNamespace(
             delta=delta,
             use_bias_correction_kl=use_bias_correction_kl,
-            sapo_temperature_pos=1.0,
-            sapo_temperature_neg=1.05,
+            # Numbers in a run; as tensors TRL's where() keeps them in float64.
+            sapo_temperature_pos=torch.tensor(1.0, dtype=torch.float64),
+            sapo_temperature_neg=torch.tensor(1.05, dtype=torch.float64),
             steps_per_generation=1,
         ),
         top_entropy_quantile=1.0,
@@ -221,7 +222,7 @@ def trl_grpo_advantages(rewards: Tensor, weights: Tensor, group_size: int, *, sc
 def trl_rloo_advantages(
     rewards: Tensor, group_size: int, *, beta: float, old: Tensor | None, ref: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """RLOOTrainer's advantages of rewards [R], groups in a row, with its KL penalty in the reward; old, ref, mask [R, T]."""
+    """RLOOTrainer's advantages of rewards [R], groups in a row, its KL penalty taken off; old, ref, mask [R, T]."""
     module = _trl_trainers()[1]
     names = vars(module) | {
         "self": SimpleNamespace(

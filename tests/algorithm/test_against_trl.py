@@ -123,14 +123,15 @@ CORRECTIONS = {
 
 
 @pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("ratio_level", ["token", "sequence_mean"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_importance_weights_and_the_loss_they_weigh(mode: str, seed: int) -> None:
+def test_importance_weights_and_the_loss_they_weigh(mode: str, ratio_level: str, seed: int) -> None:
     correction, clip_min = CORRECTIONS[mode]
     batch = random_batch(seed)
     mask = batch.padded(batch.loss_mask)
     old, behaviour = batch.padded(batch.old_logprobs), batch.padded(batch.behaviour_logprobs)
     ratio = peers.trl_importance_ratio(old, behaviour, mask, mode=mode, clip_min=clip_min, clip_max=1.3)
-    settings = AlgorithmConfig(correction=correction, aggregation="sequence_mean")
+    settings = AlgorithmConfig(correction=correction, aggregation="sequence_mean", ratio=ratio_level)
     counted = batch.loss_mask
     weights, _ = correction_weights(
         batch.old_logprobs[counted],
@@ -143,7 +144,13 @@ def test_importance_weights_and_the_loss_they_weigh(mode: str, seed: int) -> Non
     assert 0 < (weights == (1.3 if "truncate" in mode else 0.0)).double().mean() < 1, "bounds that never or always bind"
 
     expected, _ = peers.trl_grpo_loss(
-        batch.padded(batch.logprobs), old, batch.advantages, mask, loss_type="grpo", importance_sampling_ratio=ratio
+        batch.padded(batch.logprobs),
+        old,
+        batch.advantages,
+        mask,
+        loss_type="grpo",
+        importance_sampling_level="token" if ratio_level == "token" else "sequence",
+        importance_sampling_ratio=ratio,
     )
     loss, metrics = policy_loss(
         batch.logprobs,

@@ -28,11 +28,17 @@ AGGREGATIONS = {
     "sequence_sum": ("seq-mean-token-sum-norm", EXACT),
 }
 LOSSES = {
-    "clip and dual clip": ("compute_policy_loss_vanilla", {"clip_high": 0.28, "dual_clip": 3.0}),
+    "clip and dual clip": ("compute_policy_loss_vanilla", {"clip_high": 0.28, "dual_clip": 1.5}),
     "gspo": ("compute_policy_loss_gspo", {"ratio": "sequence_mean", "clip_low": 0.03, "clip_high": 0.04}),
     "cispo": ("compute_policy_loss_cispo", {"loss": "cispo", "clip_low": 0.1, "clip_high": 0.3}),
     "sapo": ("compute_policy_loss_sapo", {"loss": "sapo"}),
 }
+CASES = [
+    (name, aggregation)
+    for name in LOSSES
+    for aggregation in AGGREGATIONS
+    if name != "sapo" or aggregation == "sequence_mean"  # verl's SAPO knows no other
+]
 
 
 def verl_config(settings: AlgorithmConfig) -> peers.VerlConfig:
@@ -48,20 +54,22 @@ def verl_config(settings: AlgorithmConfig) -> peers.VerlConfig:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name, aggregation", CASES)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_policy_loss_and_gradient(name: str, aggregation: str, weighted: bool, seed: int) -> None:
-    if name == "sapo" and aggregation != "sequence_mean":
-        pytest.skip("verl's SAPO knows the sequence mean only")
     function, ours = LOSSES[name]
     mode, tolerance = AGGREGATIONS[aggregation]
-    settings = AlgorithmConfig(aggregation=aggregation, aggregation_length=23, correction={"cap": 1.2}, **ours)
+    # With a weight for each token verl's GSPO weighs that token's part of the gradient, TRL's and ours the sequence's.
+    correction = {"level": "sequence" if name == "gspo" else "token", "cap": 1.2}
+    settings = AlgorithmConfig(aggregation=aggregation, aggregation_length=23, correction=correction, **ours)
     batch = random_batch(seed, spread=1.0)
     batch.loss_mask[batch.rollout_index == 3] = False  # neither library counts a completion without tokens
     mask = batch.padded(batch.loss_mask)
     behaviour = batch.behaviour_logprobs if weighted else None
-    weights = (batch.old_logprobs - batch.behaviour_logprobs).exp().clamp(max=1.2)
+    log_ratio = torch.where(batch.loss_mask, batch.old_logprobs - batch.behaviour_logprobs, 0.0)
+    if name == "gspo":
+        log_ratio = batch.padded(log_ratio).sum(1)[batch.rollout_index]
+    weights = log_ratio.exp().clamp(max=1.2)
     expected, logged = getattr(peers.verl().core, function)(
         batch.padded(batch.old_logprobs),
         batch.padded(batch.logprobs),
@@ -165,7 +173,7 @@ def test_advantages(name: str, seed: int) -> None:
 def test_importance_weights(level: str, action: str, threshold: float | str) -> None:
     batch = random_batch(2)
     mask = batch.padded(batch.loss_mask)
-    expected, logged = peers.verl().correction.compute_rollout_correction_weights(
+    expected, _ = peers.verl().correction.compute_rollout_correction_weights(
         batch.padded(batch.old_logprobs - batch.behaviour_logprobs), mask.double(), level, threshold
     )
     floor = 0.7 if action == "mask" else 0.0
