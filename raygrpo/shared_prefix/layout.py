@@ -27,6 +27,8 @@ from torch import Tensor
 
 from raygrpo.shared_prefix.tree import Segment, compress, level_order, prompt_tree
 
+_MIN_WINDOW_BLOCK = 128  # queries; a block's keys are gathered, up to window - 1 of them a second time
+
 TokenIds = Sequence[int]
 Group = tuple[TokenIds, Sequence[TokenIds]]
 
@@ -78,6 +80,7 @@ class AttentionPlan:
     above: tuple[AttentionCall, ...]
     parents: tuple[int | None, ...]
     num_external: int = 0
+    cache: dict = field(default_factory=dict, repr=False, compare=False)  # what kernels derive from the plan
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -96,14 +99,34 @@ class AttentionPlan:
     def max_position(self) -> int:
         return max(offset + length for offset, length in zip(self.offsets, self.own.q_lens, strict=True)) - 1
 
-    def rows_above(self, segment: int) -> list[int]:
-        """Rows of the stream that hold what a segment sees besides itself, by position (without external keys)."""
-        rows: list[int] = []
-        above = self.parents[segment]
+    def key_rows(self, segment: int) -> Tensor:
+        """Rows of all keys that a segment's last token sees, by position; the external keys are the first rows."""
+        pieces = []
+        above: int | None = segment
         while above is not None:
-            rows[:0] = range(self.starts[above], self.starts[above] + self.own.q_lens[above])
+            first = self.num_external + self.starts[above]
+            pieces.append(torch.arange(first, first + self.own.q_lens[above]))
             above = self.parents[above]
-        return rows
+        return torch.cat([torch.arange(self.num_external), *reversed(pieces)])
+
+    def windowed(self, window: int) -> tuple[AttentionCall, Tensor]:
+        """One causal call within a window: blocks of queries, each with the keys that any of them sees.
+
+        A block's keys are its own rows and the window - 1 tokens before them; its last query is its last key. Also
+        returns the row of every key, [sum k_lens]; rows of the stream are counted after the external ones.
+        """
+        if window not in self.cache:
+            block = max(window, _MIN_WINDOW_BLOCK)
+            q_lens, k_lens, key_rows = [], [], []
+            for segment, offset in enumerate(self.offsets):
+                rows = self.key_rows(segment)  # one for each position
+                for first in range(offset, len(rows), block):
+                    seen = rows[max(0, first - window + 1) : first + block]
+                    q_lens.append(min(block, len(rows) - first))
+                    k_lens.append(len(seen))
+                    key_rows.append(seen)
+            self.cache[window] = AttentionCall(0, tuple(q_lens), 0, tuple(k_lens)), torch.cat(key_rows)
+        return self.cache[window]
 
 
 @dataclass(frozen=True)
@@ -261,10 +284,10 @@ class SharedPrefixBatch:
         span = self.segments[completion]
         assert span is not None
         segment, first = span
-        start = self.plan.starts[segment]
-        rows = [*self.plan.rows_above(segment), *range(start, start + first + self.lengths[completion])]
-        ids = [*self.external_ids, *self.input_ids[rows].tolist()]
-        return ids, len(ids) - self.lengths[completion]
+        context = self.plan.offsets[segment] + first
+        rows = self.plan.key_rows(segment)[: context + self.lengths[completion]]
+        ids = torch.cat([torch.tensor(self.external_ids, dtype=torch.long), self.input_ids.cpu()])
+        return ids[rows].tolist(), context
 
     def to(self, device: torch.device | str) -> SharedPrefixBatch:
         names = ("input_ids", "position_ids", "token_rows", "targets")

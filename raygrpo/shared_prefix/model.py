@@ -21,13 +21,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from raygrpo.shared_prefix.backends import Backend, choose_backend
+from raygrpo.shared_prefix.backends import BackendChoice
 from raygrpo.shared_prefix.head import HeadRequest, token_logprobs
 from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
-from raygrpo.shared_prefix.self_check import check_against_ordinary_forward
-from raygrpo.shared_prefix.supported import UnsupportedModelError, check_batch, check_model, logit_transform
+from raygrpo.shared_prefix.self_check import check_attention, check_logprobs
+from raygrpo.shared_prefix.supported import (
+    UnsupportedModelError,
+    check_batch,
+    check_model,
+    check_modules,
+    logit_transform,
+)
 
 IMPLEMENTATION = "raygrpo_shared_prefix"
 
@@ -50,7 +56,7 @@ class PrefixState(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """One shared-prefix pass: score the completions of a batch; or, encode_only, return the PrefixState of its prompt."""
+    """One shared-prefix pass: scores the completions of a batch; with encode_only, returns its prompt's PrefixState."""
 
     batch: SharedPrefixBatch
     temperature: float = 1.0
@@ -69,7 +75,7 @@ def enable_shared_prefix(model: nn.Module, attention: str = "auto", *, self_chec
     """
     decoder_lm = _pretrained(model)
     check_model(decoder_lm)
-    backend = choose_backend(attention)
+    backend = BackendChoice(attention)
     if "_shared_prefix" not in vars(decoder_lm):
         decoder_lm.forward = MethodType(_with_keyword(type(decoder_lm).forward, _run), decoder_lm)
         head = decoder_lm.get_output_embeddings()
@@ -105,7 +111,7 @@ def run_request(model: nn.Module, request: Request) -> tuple:
 class _State:
     """What enable_shared_prefix leaves on a model."""
 
-    backend: Backend
+    backend: BackendChoice
     unchecked: bool
 
 
@@ -114,9 +120,10 @@ class _Pass:
     """What the attention layers of one pass share; travels to them as the keyword argument `shared_prefix`."""
 
     plan: AttentionPlan
-    backend: Backend
+    backend: BackendChoice
     prefix: PrefixState | None
     layers: dict[int, tuple[Tensor, Tensor]] | None  # keys and values by layer, while they are wanted
+    check: bool
     num_calls: int = 0
     finished: bool = False  # recomputation under a checkpoint is not counted
 
@@ -142,7 +149,9 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
     check_batch(model, request.batch)
     device = model.get_input_embeddings().weight.device
     batch = request.batch.to(device)
-    run = _Pass(batch.plan, state.backend, request.prefix, {} if request.encode_only else None)
+    if model.training:
+        check_modules(model.named_modules())
+    run = _Pass(batch.plan, state.backend, request.prefix, {} if request.encode_only else None, state.unchecked)
     with _our_attention(model):
         hidden = model.get_decoder()(
             input_ids=batch.input_ids[None],
@@ -168,45 +177,55 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
     logprobs, entropy = model.get_output_embeddings()(hidden[rows], shared_prefix=head_request)
     if state.unchecked:
         state.unchecked = False
-        ordinary = functools.partial(type(model).forward, model)
-        check_against_ordinary_forward(ordinary, batch, logprobs, request.temperature)
+        # transformers' sdpa leaves attention softcaps out; eager, which is slower, has them.
+        plain = "eager" if getattr(model.config, "attn_logit_softcapping", None) else None
+        with _switch(_configs(model), plain):
+            check_logprobs(functools.partial(type(model).forward, model), batch, logprobs, request.temperature)
     return CompletionScores(logprobs, entropy)
 
 
 @contextmanager
 def _our_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention layers call ours meanwhile, and again whenever a checkpoint recomputes a layer."""
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    configs = _configs(model)
     checkpointing = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
     functions = [module._gradient_checkpointing_func for module in checkpointing]
 
     def through(checkpoint: Callable) -> Callable:
-        return lambda layer, *args: checkpoint(functools.partial(_switched, configs.values(), layer), *args)
+        return lambda layer, *args: checkpoint(functools.partial(_switched, configs, layer), *args)
 
     for module, checkpoint in zip(checkpointing, functions, strict=True):
         module._gradient_checkpointing_func = through(checkpoint)
     try:
-        with _switch(configs.values()):
+        with _switch(configs, IMPLEMENTATION):
             yield
     finally:
         for module, checkpoint in zip(checkpointing, functions, strict=True):
             module._gradient_checkpointing_func = checkpoint
 
 
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs in which attention layers look up their implementation."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return list(configs.values())
+
+
 @contextmanager
-def _switch(configs) -> Iterator[None]:
+def _switch(configs: list[PreTrainedConfig], implementation: str | None) -> Iterator[None]:
+    """Another attention implementation meanwhile; None changes nothing. (set_attn_implementation would validate it,
+    and set it on the whole tree of configs.)"""
     before = [config._attn_implementation_internal for config in configs]
     for config in configs:
-        config._attn_implementation_internal = IMPLEMENTATION
+        config._attn_implementation_internal = implementation or config._attn_implementation_internal
     try:
         yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+        for config, original in zip(configs, before, strict=True):
+            config._attn_implementation_internal = original
 
 
-def _switched(configs, layer: Callable, *args):
-    with _switch(configs):
+def _switched(configs: list[PreTrainedConfig], layer: Callable, *args):
+    with _switch(configs, IMPLEMENTATION):
         return layer(*args)
 
 
@@ -217,7 +236,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prefix: _Pass,
+    shared_prefix: _Pass | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -226,25 +245,31 @@ def _attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """What transformers' AttentionInterface calls: query [1, Hq, T, D], key and value [1, Hk, T, D]."""
-    run = shared_prefix
-    assert attention_mask is None
+    name, run = type(module).__name__, shared_prefix
+    if run is None or attention_mask is not None:
+        raise UnsupportedModelError(
+            f"{name} " + ("does not pass keyword arguments on to attention" if run is None else "makes its own masks")
+        )
     if dropout:
-        raise UnsupportedModelError(f"attention dropout is {dropout}; set config.attention_dropout = 0")
+        raise UnsupportedModelError(f"{name} drops out attention with p = {dropout}; set it to 0 in the config")
     if s_aux is not None:
-        raise UnsupportedModelError("attention sinks are not supported")
+        raise UnsupportedModelError(f"{name} has attention sinks, which are not supported")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    run.num_calls += not run.finished
-    if run.layers is not None and not run.finished:
-        run.layers[module.layer_idx] = (k, v)
     external = None if run.prefix is None else (run.prefix.keys[module.layer_idx], run.prefix.values[module.layer_idx])
-    out = run.backend.attend(
-        q, k, v,
-        plan=run.plan,
-        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        external=external,
-    )  # fmt: skip
+    kind = {
+        "plan": run.plan,
+        "scale": q.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window,
+        "softcap": softcap,
+        "external": external,
+    }
+    out = run.backend.attend(q, k, v, **kind)
+    if not run.finished:
+        run.num_calls += 1
+        if run.layers is not None:
+            run.layers[module.layer_idx] = (k, v)
+        if run.check:
+            check_attention(out, q, k, v, layer=getattr(module, "layer_idx", name), **kind)
     return out[None], None
 
 

@@ -1,4 +1,11 @@
-"""Comparing the first micro-batch with the model's ordinary forward, one sequence at a time."""
+"""Comparing the first micro-batch with what it must equal, in the training dtype.
+
+Two comparisons, because in half precision one is not enough: rounding moves log-probabilities by as much as a token
+too many in a mask does. So every attention layer is compared by itself, on the queries, keys and values it really got,
+with a plain reference, where a wrong mask stands out of rounding by an order of magnitude; and log-probabilities are
+compared with the model's ordinary forward, where what attention cannot show does: other ways of mixing tokens,
+positions that are ignored, what happens behind the LM head.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +14,66 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from raygrpo.shared_prefix.layout import SharedPrefixBatch
+from raygrpo.shared_prefix.backends.dense import attend_dense
+from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_NUM_CHECKED = 4
+# Of an attention output's norm; of a log-probability, averaged over a completion.
+ATTENTION_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+LOGPROB_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NUM_ROWS = 8
+_NUM_COMPLETIONS = 4
 
 
 class SelfCheckError(RuntimeError):
-    """Shared-prefix log-probabilities differ from those of sequences encoded alone."""
+    """A shared-prefix pass differs from what it must equal."""
 
 
 @torch.no_grad()
-def check_against_ordinary_forward(
-    forward: Callable, batch: SharedPrefixBatch, logprobs: Tensor, temperature: float
-) -> None:
-    """Raise SelfCheckError unless the last few completions get the log-probabilities that they have alone.
-
-    forward: the model's ordinary one. logprobs: [S]. One padded call of a fixed number of sequences, so that every
-    rank makes the same number of passes.
-    """
-    filled = [index for index, length in enumerate(batch.lengths) if length]
-    chosen = filled[-_NUM_CHECKED:] or []
-    sequences = [batch.sequence(index) for index in chosen] or [([0], 1)]
-    width = max(len(ids) for ids, _ in sequences)
-    device = batch.input_ids.device
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, (ids, _) in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
-    input_ids = input_ids.to(device)
-    logits = forward(input_ids=input_ids, attention_mask=mask.to(device), use_cache=False).logits
-    tolerance = _TOLERANCE[logits.dtype]
-    split = batch.split(logprobs)
-    for row, (index, (ids, context)) in enumerate(zip(chosen, sequences, strict=False)):
-        rows = logits[row, context - 1 : len(ids) - 1].to(logprobs.dtype) / temperature
-        alone = rows.log_softmax(-1).gather(-1, input_ids[row, context : len(ids), None])[:, 0]
-        error = (split[index] - alone).abs().mean().item()
+def check_attention(out: Tensor, q, k, v, *, plan: AttentionPlan, scale, window, softcap, external, layer) -> None:
+    """Raise SelfCheckError unless a layer's output [T, Hq, Dv] equals plain attention, at the ends of some segments."""
+    if external is not None:
+        k, v = (torch.cat(pair) for pair in zip(external, (k, v), strict=True))
+    tolerance = ATTENTION_TOLERANCE[out.dtype]
+    last = len(plan.starts) - 1
+    for segment in sorted({last * i // (_NUM_ROWS - 1) for i in range(_NUM_ROWS)}):
+        row = plan.starts[segment] + plan.own.q_lens[segment] - 1
+        keys = plan.key_rows(segment).to(k.device)
+        distance = torch.arange(len(keys) - 1, -1, -1, device=k.device)[None]
+        visible = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
+        alone = attend_dense(q[row : row + 1], k[keys], v[keys], visible, scale, softcap)[0]
+        error = ((out[row] - alone).norm() / alone.norm().clamp(min=torch.finfo(out.dtype).tiny)).item()
         if not error <= tolerance:
             raise SelfCheckError(
-                f"log-probabilities of completion {index} differ from those of the sequence encoded alone by "
-                f"{error:.2e} on average (tolerance {tolerance:.0e} in {logits.dtype}): the shared prefix is wrong for this "
-                "model, please report it; self_check=False skips this check"
+                f"attention layer {layer}: the output at row {row} differs from plain attention by {error:.1e} of its "
+                f"norm (tolerance {tolerance:.0e} in {out.dtype}). Please report this with the model and the device"
+            )
+
+
+@torch.no_grad()
+def check_logprobs(forward: Callable, batch: SharedPrefixBatch, logprobs: Tensor, temperature: float) -> None:
+    """Raise SelfCheckError unless the last few completions have the log-probabilities that they have alone.
+
+    forward: the model's ordinary one. logprobs: [S]. One padded call whatever the batch holds, so that every rank of a
+    sharded model makes the same calls.
+    """
+    chosen = [index for index, length in enumerate(batch.lengths) if length][-_NUM_COMPLETIONS:]
+    sequences = [batch.sequence(index) for index in chosen] or [([0], 1)]
+    # Padding on the right needs no mask: no token sees a later one.
+    input_ids = torch.zeros(len(sequences), max(len(ids) for ids, _ in sequences), dtype=torch.long)
+    for row, (ids, _) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+    input_ids = input_ids.to(logprobs.device)
+    logits = forward(input_ids=input_ids, use_cache=False).logits
+    tolerance = LOGPROB_TOLERANCE[logits.dtype]
+    by_completion = batch.split(logprobs)
+    for row, index in enumerate(chosen):
+        ids, context = sequences[row]
+        rows = logits[row, context - 1 : len(ids) - 1].to(logprobs.dtype) / temperature
+        alone = rows.log_softmax(-1).gather(-1, input_ids[row, context : len(ids), None])[:, 0]
+        error = (by_completion[index] - alone).abs().mean().item()
+        if not error <= tolerance:
+            raise SelfCheckError(
+                f"log-probabilities of completion {index} differ from those of its sequence encoded alone by "
+                f"{error:.1e} on average (tolerance {tolerance:.0e} in {logits.dtype}). The model does something that "
+                "a shared prefix gets wrong; please report it"
             )
