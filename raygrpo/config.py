@@ -184,6 +184,9 @@ class LearnerConfig(Section):
     """Token budget of one micro-batch, prefixes counted once. A group is never split across micro-batches' boundaries unless it alone exceeds
     the budget."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    skip_zero_advantages: bool = True
+    """Encode no group whose advantages are all zero. Exact, and so done only while neither a KL penalty in the loss nor an
+    entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""
     attention: str = "auto"
     """Backend of the shared-prefix attention; auto: the best that the device supports."""
     num_cpus: NonNegativeFloat = 0.5
