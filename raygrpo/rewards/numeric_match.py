@@ -16,6 +16,7 @@ from raygrpo.rewards.exact_match import last_match
 _ARITHMETIC = Context(prec=60, traps=[])  # what cannot be computed becomes NaN or infinity
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,6}(?!\d))?"
 _NUMBER = re.compile(rf"((?<![\w)])[-+])?[$€£]?({_UNSIGNED})(?:\s?/\s?({_UNSIGNED}))?")
+_BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
 _DECORATION = re.compile(r"\\[,!;: ]|\\?[%$]|(?<=\d)\{(?=,)|(?<=,)\}(?=\d)")  # of a number in LaTeX
 
 
@@ -68,8 +69,8 @@ class NumericMatch:
         return last_number(last_match(self._pattern, completion))
 
     def _equal(self, found: Decimal, expected: Decimal) -> bool:
-        allowed = max(self._tolerance, _ARITHMETIC.multiply(self._relative_tolerance, abs(expected)))
-        return found == expected or abs(_ARITHMETIC.subtract(found, expected)) <= allowed
+        allowed = max(self._tolerance, _ARITHMETIC.multiply(self._relative_tolerance, expected.copy_abs()))
+        return found == expected or _ARITHMETIC.subtract(found, expected).copy_abs() <= allowed
 
     def _means(self, completion: str, answer: Any) -> bool:
         text = str(answer)
@@ -94,16 +95,20 @@ def last_number(text: str | None) -> Decimal | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces are balanced."""
-    start = len(text)
-    while (start := text.rfind(r"\boxed{", 0, start)) >= 0:
-        first = start + len(r"\boxed{")
-        depth = 1
-        for place in range(first, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[first:place]
-    return None
+    r"""The content of the \boxed{...} that opens last, of those whose braces are balanced.
+
+    One pass over the text: a policy caught in a loop writes thousands of them.
+    """
+    open_braces: list[int | None] = []  # where the content of a box starts, or None for any other brace
+    boxes = []
+    for match in _BRACES.finditer(text):
+        if match.group() == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None:
+                boxes.append((start, match.start()))
+        elif match.group().endswith("{") and match.group() != r"\{":
+            open_braces.append(match.end() if match.group() != "{" else None)
+    return text[slice(*max(boxes))] if boxes else None
 
 
 def _whole_number(text: str | None) -> Decimal | None:
@@ -116,7 +121,9 @@ def _value(match: re.Match[str]) -> Decimal | None:
     value = Decimal(numerator.replace(",", ""))
     if denominator is not None:
         value = _ARITHMETIC.divide(value, Decimal(denominator.replace(",", "")))
-    return (-value if sign == "-" else value) if value.is_finite() else None
+    if not value.is_finite():
+        return None
+    return value.copy_negate() if sign == "-" else value  # -value would round
 
 
 def _answer_number(answer: Any) -> Decimal:
