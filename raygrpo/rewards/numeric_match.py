@@ -51,7 +51,7 @@ class NumericMatch:
         self._pattern = None if extract in ("last", "boxed") else re.compile(extract, re.DOTALL)
         self._tolerance = Decimal(repr(tolerance))
         self._relative_tolerance = Decimal(repr(relative_tolerance))
-        self._math_verify = _import_math_verify() if verifier == "math_verify" else None
+        self._math_verify: Any = _import_math_verify() if verifier == "math_verify" else None
 
     def __call__(self, completion: str, answer: Any) -> float:
         answers = answer if isinstance(answer, list) else [answer]

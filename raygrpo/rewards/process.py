@@ -2,7 +2,8 @@
 
 User code may sleep for ever, spin in C, exit or crash. None of that can be stopped from inside its own process
 (signal.alarm needs the main thread and a bytecode to run), so the functions live in a child that is killed at a
-deadline, with all processes it started, and started anew for the calls that are left. That bounds what they cost; it is no sandbox: they run with the user's rights.
+deadline, with all processes it started, and started anew for the calls that are left. That bounds what they cost; it is
+no sandbox: they run with the user's rights.
 """
 
 from __future__ import annotations

@@ -246,10 +246,10 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failure_hits_its_own_rollout_only(scorer, failure):
-    """First, last and in between (in between only, where it takes a second each); the group after it is sound."""
+    """The group's other rollouts and the group after it are sound."""
     hangs = "took longer" in FAILURES[failure]
     one = scorer("half", ("misbehave", {"timeout_s": 1.0 if hangs else 30.0, "name": "mine"}), "length")
-    texts = ["fine", failure, "good"] if hangs else [failure, "fine", failure, "good", failure]
+    texts = ["fine", failure, "good"] if hangs else [failure, "fine", failure]
     scored = one.score(group(*texts))
     for text, reward in zip(texts, scored.rewards, strict=True):
         if text == failure:
@@ -394,6 +394,7 @@ def test_restarts_leak_no_descriptors(scorer):
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
+@pytest.mark.slow
 def test_in_a_ray_actor_the_child_ends_with_the_actor(directory, tmp_path):
     """Whose process Ray kills without a word, here while the function spins in C; scoring works there, too."""
     ray = pytest.importorskip("ray")
