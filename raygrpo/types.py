@@ -49,6 +49,7 @@ class RolloutGroup:
     generate_start_s: float  # unix time
     generate_end_s: float
     error: str = ""
+    replacement: int = 0  # dynamic sampling: how many prompts of this ticket were given up before this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class Reward:
     """What the reward functions said of one completion."""
 
     total: float  # weighted sum; 0.0 where `error` is set
-    components: list[float]  # [K], unweighted, in the order of the configuration
+    components: list[float]  # [K], unweighted, in the order of the configuration; NaN from the function that failed on
     error: str = ""  # why a function failed; a failed rollout has advantage 0 and no loss
 
 
