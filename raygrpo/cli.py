@@ -32,7 +32,11 @@ OverridesArgument = Annotated[
 
 
 @app.command()
-def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    verbose: Annotated[bool, typer.Option(help="Also show what the worker processes print.")] = False,
+) -> None:
     """Train a policy as CONFIG says, to the end.
 
     Ends with a summary: reward before and after, a picture of the reward curve, where the time went, the exported model, and the
@@ -40,18 +44,22 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
     Example: raygrpo train pipelines/quickstart.yaml seed=1 max_staleness=1
     """
-    from raygrpo.console import print_summary, show_progress
+    from rich.console import Console
+
+    from raygrpo.console import show_progress
     from raygrpo.prepare import prepare
     from raygrpo.train import train as run
 
     settings = _load(config, overrides)
     prepared = _or_exit(lambda: prepare(settings, config.parent))
     try:
-        with show_progress(settings) as (on_step, on_phase):
-            result = run(prepared, on_step, on_phase)
+        with show_progress(settings, Console(stderr=True)) as watcher:
+            result = run(prepared, watcher, verbose=verbose)
     except RuntimeError as error:
         _fail(f"training failed: {error}")
-    print_summary(settings, result)
+    except KeyboardInterrupt:
+        _fail("stopped")
+    print(result)
 
 
 @app.command()

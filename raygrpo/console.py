@@ -1,65 +1,92 @@
-"""What a run shows on the screen: a live bar on a terminal, plain lines elsewhere, and the summary at the end."""
+"""What a run shows on the screen while it goes: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from raygrpo.config import RunConfig
 
 if TYPE_CHECKING:
-    from raygrpo.train import RunResult
+    from raygrpo.train import Watcher
     from raygrpo.types import StepMetrics
-
-OnStep = Callable[[int, "StepMetrics"], None]
-OnPhase = Callable[[str], None]
 
 
 @contextmanager
-def show_progress(config: RunConfig) -> Iterator[tuple[OnStep, OnPhase]]:
-    """Functions to call as the run proceeds: after each step with its metrics, and at each phase with its name."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with _bar(console, config) as functions:
-            yield functions
-    else:
-        yield _lines(config)
+def show_progress(config: RunConfig, console: Console) -> Iterator[Watcher]:
+    """A watcher that shows the run on the console."""
+    if not console.is_terminal:
+        yield LineWatcher(config, console)
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[phase]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        yield BarWatcher(config, progress)
 
 
 def describe_step(metrics: StepMetrics) -> str:
     """The figures of a step that one looks at while it runs."""
     return (
-        f"reward {metrics['reward/mean']:.3f}  length {metrics['completions/mean_length']:.0f}  "
+        f"reward {metrics['reward/mean']:.3f}  {metrics['completions/mean_length']:.0f} tokens long  "
         f"staleness {metrics['staleness/max']:.0f}  {metrics['perf/tokens_per_s']:.0f} tokens/s"
     )
 
 
-@contextmanager
-def _bar(console: Console, config: RunConfig) -> Iterator[tuple[OnStep, OnPhase]]:
-    columns = [SpinnerColumn(), TextColumn(config.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeLeft(), console=console) as progress:
-        task = progress.add_task("", total=config.num_steps)
-        yield (
-            lambda step, metrics: progress.update(task, completed=step + 1, description=describe_step(metrics)),
-            lambda phase: progress.update(task, description=phase),
-        )
+class BarWatcher:
+    """One line that moves, and warnings above it."""
+
+    def __init__(self, config: RunConfig, progress: Progress):
+        self._progress = progress
+        self._task = progress.add_task("", total=config.num_steps, phase=config.name)
+
+    def on_phase(self, text: str) -> None:
+        self._progress.update(self._task, phase=text)
+
+    def on_step(self, step: int, metrics: StepMetrics) -> None:
+        self._progress.update(self._task, completed=step + 1, description=describe_step(metrics))
+
+    def on_warning(self, text: str) -> None:
+        self._progress.console.print(text, style="yellow", markup=False, highlight=False)
 
 
-def _lines(config: RunConfig) -> tuple[OnStep, OnPhase]:
-    start_s = time.monotonic()
+class LineWatcher:
+    """A line for each step, for logs and pipes."""
 
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - start_s:6.1f} s] {text}", file=sys.stderr, flush=True)
+    def __init__(self, config: RunConfig, console: Console):
+        self._num_steps = config.num_steps
+        self._console = console
+        self._start_s = time.monotonic()
 
-    return lambda step, metrics: say(f"step {step + 1}/{config.num_steps}  {describe_step(metrics)}"), say
+    def on_phase(self, text: str) -> None:
+        self._say(text)
 
+    def on_step(self, step: int, metrics: StepMetrics) -> None:
+        self._say(f"step {step + 1}/{self._num_steps}  {describe_step(metrics)}")
 
-def print_summary(config, result):
-    print(result.run_dir, result.links)
+    def on_warning(self, text: str) -> None:
+        self._say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        line = f"{time.monotonic() - self._start_s:7.1f} s  {text}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -17,13 +17,16 @@ which buffers rows for a "nearer" learner while the others starve.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
+from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
 from raygrpo.rewards import Scorer
 from raygrpo.types import (
@@ -68,6 +71,7 @@ GROUP_SCHEMA = pa.schema(
         ("generate_start_s", pa.float64()),
         ("generate_end_s", pa.float64()),
         ("error", pa.string()),
+        ("replacement", pa.int64()),
     ]
 )
 SCORED_GROUP_SCHEMA = pa.schema(
@@ -105,27 +109,25 @@ class RolloutStage:
         self._controller = controller
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return groups_to_table([self._roll_out(row) for row in rows["row"].to_pylist()])
+        return groups_to_table([self.roll_out(row, replacement=0) for row in rows["row"].to_pylist()])
 
-    def _roll_out(self, row: int) -> RolloutGroup:
+    def roll_out(self, row: int, *, replacement: int) -> RolloutGroup:
         """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and seeds."""
         while True:
-            claim: Claim = ray.get(self._controller.claim.remote(row))
+            claim: Claim = ray.get(self._controller.claim.remote(row, replacement))
             if claim.generator is None:
                 return _failed_group(claim, claim.error)
+            failure = None
             try:
-                group = ray.get(
-                    claim.generator.generate.remote(claim.ticket, claim.prompt, claim.seeds, claim.min_version)
-                )
+                request = (claim.ticket, claim.prompt, claim.seeds, claim.min_version)
+                group = ray.get(claim.generator.generate.remote(*request))
             except ValueError as error:  # this request cannot be served, by no generator
-                self._controller.release.remote(claim.ticket, claim.generator_name, None)
-                return _failed_group(claim, str(error))
+                group = _failed_group(claim, str(error))
             except (ray.exceptions.RayError, TimeoutError) as error:
-                reason = str(error).strip().rpartition("\n")[2]
-                self._controller.release.remote(claim.ticket, claim.generator_name, f"{type(error).__name__}: {reason}")
-                continue
-            self._controller.release.remote(claim.ticket, claim.generator_name, None)
-            return group
+                failure = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
+            self._controller.release.remote(claim.ticket, claim.generator_name, failure)
+            if failure is None:
+                return replace(group, replacement=replacement)
 
 
 def _failed_group(claim: Claim, error: str) -> RolloutGroup:
@@ -135,7 +137,7 @@ def _failed_group(claim: Claim, error: str) -> RolloutGroup:
         prompt=claim.prompt,
         policy_version=claim.min_version,
         rollouts=[],
-        generator="",
+        generator=claim.generator_name,
         generate_start_s=now,
         generate_end_s=now,
         error=error,
@@ -152,40 +154,70 @@ class RewardStage:
         return scored_groups_to_table([self._scorer.score(group) for group in table_to_groups(table)])
 
 
+class DynamicSamplingStage:
+    """Both stages in one, for dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a ticket whose rewards are all the same claims its
+    next prompt, up to `max_replacements` times, and then emits what it has. Which prompt is next depends on the ticket alone, so the
+    stream stays in order and reproducible."""
+
+    def __init__(self, controller: ActorHandle, config: RewardConfig, import_paths: list[str], max_replacements: int):
+        self._rollouts = RolloutStage(controller)
+        self._scorer = Scorer(config, import_paths)
+        self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
+        self._max_replacements = max_replacements
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return scored_groups_to_table([self._sample(row) for row in rows["row"].to_pylist()])
+
+    def _sample(self, row: int) -> ScoredGroup:
+        for replacement in range(self._max_replacements + 1):
+            group = self._rollouts.roll_out(row, replacement=replacement)
+            with self._scoring:
+                scored = self._scorer.score(group)
+            if not zero_spread([math.nan if reward.error else reward.total for reward in scored.rewards]):
+                break
+        return scored
+
+
 def segment_dataset(
-    num_tickets: int, controller: ActorHandle, reward: RewardConfig, import_paths: list[str], *, groups_in_flight: int
+    num_tickets: int,
+    controller: ActorHandle,
+    reward: RewardConfig,
+    import_paths: list[str],
+    *,
+    groups_in_flight: int,
+    max_replacements: int,
 ) -> ray.data.Dataset:
     """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order.
 
     groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout stage waits for as
-    many at once.
+    many at once. max_replacements: algorithm.dynamic_sampling.
     """
     groups_in_flight = min(groups_in_flight, num_tickets)
     num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
     calls = math.ceil(groups_in_flight / num_proxies)
-    return (
-        ray.data.from_arrow([pa.table({"row": [row]}) for row in range(num_tickets)])
-        .map_batches(
-            RolloutStage,
-            fn_constructor_args=(controller,),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=0.01,
-            compute=ray.data.ActorPoolStrategy(
-                size=num_proxies,
-                max_concurrent_calls_per_actor=calls,
-                max_tasks_in_flight_per_actor=calls,
-                enable_true_multi_threading=True,
-            ),
-        )
-        .map_batches(
-            RewardStage,
-            fn_constructor_args=(reward, import_paths),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=reward.num_cpus,
-            compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=groups_in_flight),
-        )
+    waiting = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "num_cpus": 0.01,
+        "compute": ray.data.ActorPoolStrategy(
+            size=num_proxies,
+            max_concurrent_calls_per_actor=calls,
+            max_tasks_in_flight_per_actor=calls,
+            enable_true_multi_threading=True,
+        ),
+    }
+    tickets = ray.data.from_arrow([pa.table({"row": [row]}) for row in range(num_tickets)])
+    if max_replacements:
+        arguments = (controller, reward, import_paths, max_replacements)
+        return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
+    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller,), **waiting).map_batches(
+        RewardStage,
+        fn_constructor_args=(reward, import_paths),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=reward.num_cpus,
+        # Ray Data looks at its tasks ten times a second while some of them wait at the gate: hand over all groups at once.
+        compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=groups_in_flight),
     )
 
 

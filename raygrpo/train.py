@@ -13,12 +13,12 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
 from raygrpo.prepare import PreparedRun, required_resources
@@ -33,7 +33,16 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5  # between looks at the run's progress
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
-ProgressFn = Callable[[int, "StepMetrics"], None]  # a step was finished: (step, its metrics)
+
+
+class Watcher(Protocol):
+    """Who is told how the run proceeds; called from one thread."""
+
+    def on_phase(self, text: str) -> None: ...
+
+    def on_step(self, step: int, metrics: StepMetrics) -> None: ...
+
+    def on_warning(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,23 +55,23 @@ class RunResult:
     links: Links  # where MLflow shows it
 
 
-def train(prepared: PreparedRun, on_step: ProgressFn, on_phase: Callable[[str], None]) -> RunResult:
-    """Train to the end and return what came of it. on_step and on_phase are called as the run proceeds, for the screen.
+def train(prepared: PreparedRun, watcher: Watcher, *, verbose: bool = False) -> RunResult:
+    """Train to the end and return what came of it. verbose: also show what the worker processes print.
 
     Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
     """
     config = prepared.config
     run_dir = new_run_directory(config)
-    with connect_to_ray(config, run_dir):
+    with connect_to_ray(config, verbose=verbose):
         import ray
 
-        on_phase("starting generators and learners")
+        watcher.on_phase("starting generators and learners")
         tracker = launch_tracker(config, run_dir)
         generators = launch_generators(prepared, run_dir.name)
         controller = launch_controller(prepared, generators, run_dir.name)
         status = "FAILED"
         try:
-            with _follow(tracker, on_step, on_phase):
+            with _follow(tracker, controller, watcher):
                 run_gang(prepared, controller, tracker, run_dir)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -92,7 +101,7 @@ def new_run_directory(config: RunConfig) -> Path:
 
 
 @contextmanager
-def connect_to_ray(config: RunConfig, run_dir: Path) -> Iterator[None]:
+def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
     """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -104,7 +113,11 @@ def connect_to_ray(config: RunConfig, run_dir: Path) -> Iterator[None]:
     demand = required_resources(config)
     # A laptop's cores are shared by roles that mostly take turns: logical CPUs must fit, they do not bind anything.
     num_cpus = max(os.cpu_count() or 1, math.ceil(demand.num_cpus) + 1)
-    options: dict[str, Any] = {"runtime_env": {"env_vars": worker_environment(config)}, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": worker_environment(config)},
+        "logging_level": logging.ERROR,
+        "log_to_driver": verbose,
+    }
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     ray.init(**options)
@@ -198,6 +211,7 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         config.reward,
         prepared.import_paths,
         groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
+        max_replacements=config.algorithm.dynamic_sampling,
     )
     setup = LearnerSetup(config=config, controller=controller, tracker=tracker, export_dir=str(run_dir / EXPORT_DIR))
     trainer = TorchTrainer(
@@ -227,27 +241,30 @@ def root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _follow(tracker: ActorHandle, on_step: ProgressFn, on_phase: Callable[[str], None]) -> Iterator[None]:
-    """Call on_step for every step as it is logged, from a thread, while the body runs."""
+def _follow(tracker: ActorHandle, controller: ActorHandle, watcher: Watcher) -> Iterator[None]:
+    """Tell the watcher what happens, from a thread, while the body runs."""
     import ray
 
     done = threading.Event()
 
-    def look(next_step: int) -> int:
-        for step, metrics in ray.get(tracker.history.remote(next_step)).items():
-            if next_step == 0:
-                on_phase("training")
-            on_step(step, metrics)
-            next_step = step + 1
-        return next_step
+    def follow() -> None:
+        next_step = num_warnings = 0
+        training = False
+        last = False
+        while not last:
+            last = done.wait(POLL_S)  # one more look after the end
+            status = ray.get(controller.status.remote(num_warnings))
+            for warning in status.warnings:
+                watcher.on_warning(warning)
+            num_warnings += len(status.warnings)
+            if status.version >= 0 and not training:
+                training = True
+                watcher.on_phase("training")
+            for step, metrics in ray.get(tracker.history.remote(next_step)).items():
+                watcher.on_step(step, metrics)
+                next_step = step + 1
 
-    def poll() -> None:
-        next_step = 0
-        while not done.wait(POLL_S):
-            next_step = look(next_step)
-        look(next_step)
-
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread = threading.Thread(target=follow, name="watcher", daemon=True)
     thread.start()
     try:
         yield

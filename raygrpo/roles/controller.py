@@ -64,6 +64,12 @@ class PublishReport:
     generator_failures: int  # since the run began
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerStatus:
+    version: int  # latest that was published; -1 before the first
+    warnings: list[str]  # from the one asked for on
+
+
 class RolloutController:
     def __init__(
         self,
@@ -88,6 +94,7 @@ class RolloutController:
         self._outstanding: dict[str, int] = dict.fromkeys(generators, 0)
         self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
         self._num_generator_failures = 0
+        self._warnings: list[str] = []  # for the person who watches
         self._changed = asyncio.Condition()
         self._revivals: set[asyncio.Task] = set()
 
@@ -96,12 +103,15 @@ class RolloutController:
         self._first_ticket = first_ticket
         self._failures.clear()
 
-    async def claim(self, row: int) -> Claim:
-        """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy."""
+    async def claim(self, row: int, replacement: int = 0) -> Claim:
+        """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
+
+        replacement k > 0: the ticket's k-th other prompt (dynamic sampling).
+        """
         ticket = self._first_ticket + row
         step = ticket // self._groups_per_step
-        prompt = self._prompts.at(ticket, self._seed)
-        seeds = [sample_seed(self._seed, ticket, i) for i in range(self._group_size)]
+        prompt = self._prompts.at(ticket, self._seed, attempt=replacement)
+        seeds = [sample_seed(self._seed, ticket, i, attempt=replacement) for i in range(self._group_size)]
         min_version = max(0, step - self._max_staleness)
         failures = self._failures.get(ticket, [])
         if len(failures) >= MAX_ATTEMPTS:
@@ -129,7 +139,7 @@ class RolloutController:
         if generator_error is None:
             return
         error = generator_error
-        logger.warning("ticket %d failed on %s: %s", ticket, generator_name, error)
+        self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
         self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
         self._quarantine(generator_name)
 
@@ -146,9 +156,10 @@ class RolloutController:
         failed = [name for name, result in zip(names, results, strict=True) if isinstance(result, BaseException)]
         for name, result in zip(names, results, strict=True):
             if isinstance(result, BaseException):
-                logger.warning("%s did not load version %d: %s", name, version, result)
+                self._warn(f"{name} did not load version {version}: {_last_line(result)}")
         if len(failed) == len(names):
-            raise RuntimeError(f"no generator loaded version {version}: {results[0] if results else 'none is healthy'}")
+            reason = _last_line(results[0]) if results else "none is healthy"
+            raise RuntimeError(f"no generator loaded version {version}: {reason}")
         async with self._changed:
             self._version = version
             self._changed.notify_all()
@@ -185,7 +196,7 @@ class RolloutController:
             try:
                 await self._load(name, version)
             except Exception as error:
-                logger.warning("%s is not back yet: %s", name, error)
+                logger.warning("%s is not back yet: %s", name, _last_line(error))
                 await asyncio.sleep(1.0)
                 continue
             if version == self._version:  # else: a publish came between; load that one too
@@ -193,13 +204,17 @@ class RolloutController:
         async with self._changed:
             self._healthy.add(name)
             self._changed.notify_all()
-        logger.warning("%s is back with version %d", name, self._version)
+        self._warn(f"{name} is back, with version {self._version}")
 
-    async def status(self) -> dict[str, float]:
-        """Figures for metrics and progress."""
-        return {
-            "version": self._version,
-            "generators_healthy": len(self._healthy),
-            "generator_failures": self._num_generator_failures,
-            "groups_outstanding": sum(self._outstanding.values()),
-        }
+    async def status(self, first_warning: int = 0) -> ControllerStatus:
+        return ControllerStatus(version=self._version, warnings=self._warnings[first_warning:])
+
+    def _warn(self, text: str) -> None:
+        logger.warning(text)
+        self._warnings.append(text)
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray puts the remote traceback into the message; the cause is its last line."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -252,6 +252,7 @@ class _Facts:
     flops_shared: float
     flops_repeated: float
     groups_failed: int
+    replacements: int  # prompts given up by dynamic sampling
 
 
 def _facts(groups: list[ScoredGroup], step: int, shape: ModelShape) -> _Facts:
@@ -267,6 +268,7 @@ def _facts(groups: list[ScoredGroup], step: int, shape: ModelShape) -> _Facts:
         flops_shared=training_flops(shape, sampled, shared=True),
         flops_repeated=training_flops(shape, sampled, shared=False),
         groups_failed=sum(bool(g.group.error) for g in groups),
+        replacements=sum(g.group.replacement for g in groups),
     )
 
 
@@ -282,6 +284,7 @@ def _combine_facts(facts: list[_Facts]) -> StepMetrics:
         "prefix/token_ratio": repeated / max(shared, 1),
         "prefix/speedup_limit": sum(f.flops_repeated for f in facts) / max(sum(f.flops_shared for f in facts), 1.0),
         "faults/groups_failed": float(sum(f.groups_failed for f in facts)),
+        "prompts/replaced": float(sum(f.replacements for f in facts)),
     }
 
 

