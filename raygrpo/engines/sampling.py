@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_SEED = 2**63 - 1  # torch.Generator takes 64 bits, vLLM signed ones; -1 means "none" there
+# vLLM takes signed seeds of 64 bits, and -1 means "none" there. Seeds should be hashes: of a seed, torch's CPU
+# generator (and so both engines on CPUs) uses the lowest 32 bits only.
+MAX_SEED = 2**63 - 1
 
 
 class EngineDeadError(RuntimeError):
@@ -35,6 +37,8 @@ class EngineDeadError(RuntimeError):
 
 
 class SamplingEngine(Protocol):
+    num_cached_tokens: int  # of prompts: needed by a completion, and not computed for it because they had been before
+
     def add_group(self, group_id: str, prompt_ids: list[int], seeds: Sequence[int]) -> None:
         """Begin to sample one completion for each seed. Raises ValueError (and adds nothing) for a request that cannot
         be served.

@@ -59,6 +59,7 @@ class TransformersEngine:
         self._vocab_size = config.vocab_size
         self._tied_head = bool(config.tie_word_embeddings)
         self._groups: dict[str, _RunningGroup] = {}
+        self.num_cached_tokens = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -107,6 +108,7 @@ class TransformersEngine:
             group.cache = DynamicCache(config=self._model.config)
             logits = self._forward([group.prompt_ids], group.cache).expand(len(group.samples), -1)
             group.cache.batch_repeat_interleave(len(group.samples))
+            self.num_cached_tokens += len(group.prompt_ids) * (len(group.samples) - 1)
         else:
             logits = self._forward([sample.completion_ids[-1:] for sample in group.samples], group.cache)
         logprobs = sampling_logprobs(logits.float().cpu(), self._sampling)

@@ -132,6 +132,7 @@ class VllmEngine:
         self._samples: dict[str, tuple[str, int]] = {}  # request id -> (group id, index)
         self._finished: list[RequestOutput] = []  # by a step that `score` made
         self._num_scores = 0
+        self.num_cached_tokens = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -167,6 +168,7 @@ class VllmEngine:
                 continue
             group_id, index = self._samples.pop(output.request_id)
             self._groups[group_id].remove(output.request_id)
+            self.num_cached_tokens += output.num_cached_tokens or 0
             if not self._groups[group_id]:
                 del self._groups[group_id]
             finished.append((group_id, index, self._rollout(output)))
@@ -296,4 +298,5 @@ def _prepare_environment() -> bool:
     if late and "vllm" in sys.modules:
         raise RuntimeError(f"vllm was imported before its environment was set: {' '.join(late)}")
     os.environ.update(wanted)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     return on_cpu

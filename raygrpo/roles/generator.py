@@ -60,6 +60,7 @@ class GeneratorStatus:
     groups_waiting: int  # for a place in the engine, or for a version
     num_groups: int  # finished since the process started
     num_tokens: int  # sampled in finished completions since the process started
+    num_cached_tokens: int  # of prompts, that completions shared instead of computing them, since the process started
     busy_s: float  # spent in the engine since the process started
     pid: int
 
@@ -212,6 +213,7 @@ class EngineThread:
             groups_waiting=len(self._waiting) + waiting_for_version,
             num_groups=self._num_groups,
             num_tokens=self._num_tokens,
+            num_cached_tokens=self._engine.num_cached_tokens,
             busy_s=self._busy_s,
             pid=os.getpid(),
         )

@@ -1,0 +1,332 @@
+"""What both engines promise, checked against a plain forward pass of the same weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raygrpo.types import Rollout
+from tests.tiny_models import tiny_model
+
+PROMPT = [(7 * i) % 250 for i in range(100)]  # three blocks of vLLM's prefix cache and a bit
+OTHER_PROMPT = [(11 * i + 3) % 250 for i in range(45)]
+TOLERANCE = 1e-4
+
+both_engines = pytest.mark.parametrize("engine_name", ["vllm", "transformers"])
+models = pytest.mark.parametrize(
+    ("architecture", "tie"), [("qwen3", True), ("llama", False), ("qwen3", False), ("llama", True)]
+)
+
+
+def sample(engine: Any, groups: dict[str, tuple[list[int], list[int]]]) -> dict[str, list[Rollout]]:
+    """Sample groups (id -> prompt ids, seeds) together; the rollouts in the order of the seeds."""
+    for group_id, (prompt_ids, seeds) in groups.items():
+        engine.add_group(group_id, prompt_ids, seeds)
+    return collect(engine, {group_id: len(seeds) for group_id, (_, seeds) in groups.items()})
+
+
+def collect(engine: Any, sizes: dict[str, int]) -> dict[str, list[Rollout]]:
+    rollouts: dict[str, dict[int, Rollout]] = {group_id: {} for group_id in sizes}
+    while engine.num_unfinished:
+        for group_id, index, rollout in engine.step():
+            assert index not in rollouts[group_id]
+            rollouts[group_id][index] = rollout
+    return {group_id: [rollouts[group_id][i] for i in range(size)] for group_id, size in sizes.items()}
+
+
+def reference_logits(model: Any, prompt_ids: list[int], completion_ids: list[int]) -> torch.Tensor:
+    """[C, V]: of one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + completion_ids])).logits[0].float()
+    return logits[len(prompt_ids) - 1 : -1]
+
+
+def logprob_error(model: Any, prompt_ids: list[int], rollout: Rollout, temperature: float = 1.0) -> float:
+    logprobs = (reference_logits(model, prompt_ids, rollout.completion_ids) / temperature).log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+    return (expected - torch.tensor(rollout.behaviour_logprobs)).abs().max().item()
+
+
+def load(path: str, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def named_tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@both_engines
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_behaviour_logprobs_are_those_of_a_plain_forward(start_engine, engine_name, temperature):
+    engine, path = start_engine(engine_name, temperature=temperature)
+    model = load(path)
+    groups = {"a": (PROMPT, [1, 2, 3, 4]), "b": (OTHER_PROMPT, [1, 2]), "c": (PROMPT[:1], [9])}
+    for group_id, rollouts in sample(engine, groups).items():
+        for rollout in rollouts:
+            assert logprob_error(model, groups[group_id][0], rollout, temperature) < TOLERANCE
+
+
+@both_engines
+def test_top_k_top_p_and_min_p_shape_the_distribution_and_its_logprobs(start_engine, engine_name):
+    cuts = {"temperature": 0.9, "top_p": 0.8, "top_k": 12, "min_p": 0.05}
+    engine, path = start_engine(engine_name, **cuts)
+    model = load(path)
+    num_cut = 0
+    for rollout in sample(engine, {"a": (PROMPT, list(range(8)))})["a"]:
+        for logits, token_id, logprob in zip(
+            reference_logits(model, PROMPT, rollout.completion_ids),
+            rollout.completion_ids,
+            rollout.behaviour_logprobs,
+            strict=True,
+        ):
+            expected = truncated(logits, **cuts)
+            num_cut += len(logits) - len(expected)
+            assert token_id in expected
+            assert abs(math.log(expected[token_id]) - logprob) < TOLERANCE
+    assert num_cut > 0
+
+
+def truncated(logits: torch.Tensor, *, temperature: float, top_p: float, top_k: int, min_p: float) -> dict[int, float]:
+    """Token -> probability after all cuts, told step by step in plain Python."""
+    probs = dict(enumerate((logits.double() / temperature).softmax(-1).tolist()))
+    best = max(probs.values())
+    ranked = sorted((token for token, p in probs.items() if p >= min_p * best), key=lambda t: -probs[t])[:top_k]
+    total = sum(probs[token] for token in ranked)
+    kept, mass = [], 0.0
+    for token in ranked:
+        if mass >= top_p:
+            break
+        kept.append(token)
+        mass += probs[token] / total
+    total = sum(probs[token] for token in kept)
+    return {token: probs[token] / total for token in kept}
+
+
+@both_engines
+def test_samples_follow_the_distribution(start_engine, engine_name):
+    """First tokens of 2000 samples against the model's probabilities: chi-squared over the tokens expected 20 times or
+    more.
+    """
+    engine, path = start_engine(engine_name, temperature=0.7, max_tokens=1)
+    rollouts = sample(engine, {str(i): (PROMPT, list(range(200 * i, 200 * i + 200))) for i in range(10)})
+    counts = torch.zeros(300)
+    for rollout in (rollout for group in rollouts.values() for rollout in group):
+        counts[rollout.completion_ids[0]] += 1
+    expected = 2000 * (reference_logits(load(path), PROMPT, [0])[0] / 0.7).softmax(-1)
+    often = expected >= 20
+    assert often.sum() >= 5
+    chi_squared = ((counts - expected) ** 2 / expected)[often].sum().item()
+    degrees = int(often.sum())
+    assert chi_squared < degrees + 5 * math.sqrt(2 * degrees)
+
+
+@both_engines
+def test_a_sample_depends_on_its_seed_and_on_nothing_beside_it(start_engine, engine_name):
+    engine, _ = start_engine(engine_name)
+    alone = sample(engine, {"a": (PROMPT, [5])})["a"][0]
+    together = sample(engine, {"x": (OTHER_PROMPT, [5, 6, 7]), "a": (PROMPT, [4, 5, 6, 5])})["a"]
+    assert together[1].completion_ids == together[3].completion_ids == alone.completion_ids
+    assert len({tuple(rollout.completion_ids) for rollout in together}) == 3
+    for a, b in zip(alone.behaviour_logprobs, together[1].behaviour_logprobs, strict=True):
+        assert abs(a - b) < TOLERANCE
+
+
+@both_engines
+def test_neighbouring_and_very_large_seeds_give_different_samples(start_engine, engine_name):
+    engine, _ = start_engine(engine_name)
+    seeds = [0, 1, 2, 3, 2**31, 2**32 - 1, 2**40 + 7, 2**63 - 2]
+    assert len({tuple(r.completion_ids) for r in sample(engine, {"a": (PROMPT, seeds)})["a"]}) == len(seeds)
+
+
+@both_engines
+@models
+def test_after_new_weights_logprobs_are_those_of_the_new_weights(
+    start_engine, engine_name, architecture, tie, tmp_path
+):
+    """The prompt was sampled from before the update and is in the prefix cache: nothing of it may survive."""
+    engine, old_path = start_engine(engine_name, architecture, tie=tie)
+    old, new = load(old_path), load(tiny_model(tmp_path, architecture, tie=tie, vocab_size=300, seed=1))
+    before = sample(engine, {"a": (PROMPT, [1, 2, 3])})["a"]
+    cached = engine.num_cached_tokens
+    sample(engine, {"a": (PROMPT, [4])})
+    assert engine.num_cached_tokens - cached == (96 if engine_name == "vllm" else 0)
+
+    engine.load_weights(named_tensors(new))
+    cached = engine.num_cached_tokens
+    assert sample(engine, {"a": (PROMPT, [1])})["a"][0].completion_ids != before[0].completion_ids
+    assert engine.num_cached_tokens == cached
+    for prompt_ids in (PROMPT, OTHER_PROMPT):
+        for rollout in sample(engine, {"a": (prompt_ids, [1, 2, 3])})["a"]:
+            assert logprob_error(new, prompt_ids, rollout) < TOLERANCE
+            assert logprob_error(old, prompt_ids, rollout) > 0.1
+    score = engine.score(PROMPT, OTHER_PROMPT)
+    expected = reference_logits(new, PROMPT, OTHER_PROMPT).log_softmax(-1)
+    assert (expected.gather(1, torch.tensor(OTHER_PROMPT)[:, None])[:, 0] - torch.tensor(score)).abs().max() < TOLERANCE
+
+    engine.load_weights(named_tensors(old))
+    after = sample(engine, {"a": (PROMPT, [1, 2, 3])})["a"]
+    assert [r.completion_ids for r in after] == [r.completion_ids for r in before]
+
+
+@both_engines
+def test_a_state_dict_that_repeats_a_tied_head_is_accepted(start_engine, engine_name):
+    engine, path = start_engine(engine_name)
+    model = load(path)
+    assert "lm_head.weight" in model.state_dict() and "lm_head.weight" not in named_tensors(model)
+    engine.load_weights(dict(model.state_dict()))
+    assert logprob_error(model, PROMPT, sample(engine, {"a": (PROMPT, [1])})["a"][0]) < TOLERANCE
+
+
+@both_engines
+def test_bfloat16_weights(start_engine, engine_name, tmp_path):
+    """Published in bfloat16, loaded exactly: log-probabilities differ from a forward pass in bfloat16 by its rounding
+    only.
+    """
+    engine, _ = start_engine(engine_name, tie=False, dtype="bfloat16")
+    path = tiny_model(tmp_path, tie=False, vocab_size=300, seed=1, dtype="bfloat16")
+    new = load(path, dtype=torch.bfloat16)
+    engine.load_weights(named_tensors(new))
+    rollouts = sample(engine, {"a": (PROMPT, [1, 2, 3, 4])})["a"]
+    exact = new.float()
+    rounding = max(logprob_error(exact, PROMPT, rollout) for rollout in rollouts)
+    assert rounding < 0.1
+    other = load(tiny_model(tmp_path / "other", tie=False, vocab_size=300, seed=2))
+    assert min(logprob_error(other, PROMPT, rollout) for rollout in rollouts) > 1.0
+
+
+@both_engines
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"1 missing \(model.layers.1.mlp.up_proj.weight\)"),
+        (lambda t: t.update({"model.layers.7.bias": torch.zeros(3)}), r"1 unknown \(model.layers.7.bias\)"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(63)}),
+            r"'model.norm.weight' has shape \(63,\), the model has \(64,\)",
+        ),
+    ],
+)
+def test_foreign_weights_are_refused_and_the_engine_goes_on(start_engine, engine_name, change, message):
+    engine, path = start_engine(engine_name)
+    tensors = named_tensors(load(tiny_model(path + "-other", vocab_size=300, seed=1)))
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        engine.load_weights(tensors)
+    assert logprob_error(load(path), PROMPT, sample(engine, {"a": (PROMPT, [1])})["a"][0]) < TOLERANCE
+
+
+@both_engines
+def test_weights_do_not_change_under_a_running_group(start_engine, engine_name):
+    engine, path = start_engine(engine_name)
+    engine.add_group("a", PROMPT, [1, 2])
+    engine.step()
+    with pytest.raises(RuntimeError, match="2 completions are unfinished"):
+        engine.load_weights(named_tensors(load(path)))
+    assert logprob_error(load(path), PROMPT, collect(engine, {"a": 2})["a"][0]) < TOLERANCE
+
+
+@both_engines
+def test_completions_stop_at_the_end_token_or_at_the_length(start_engine, engine_name):
+    engine, path = start_engine(engine_name, max_tokens=100)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rollouts = sample(engine, {"a": (PROMPT, list(range(40)))})["a"]
+    for rollout in rollouts:
+        assert len(rollout.behaviour_logprobs) == len(rollout.completion_ids)
+        stopped = rollout.completion_ids[-1] == tokenizer.eos_token_id
+        assert rollout.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(rollout.completion_ids) == 100
+        assert tokenizer.eos_token_id not in rollout.completion_ids[:-1]
+        assert "<|" not in rollout.text
+        assert rollout.text == tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+
+
+@both_engines
+def test_a_group_is_added_while_another_is_sampled_and_overtakes_it(start_engine, engine_name):
+    engine, path = start_engine(engine_name, max_tokens=100)
+    model = load(path)
+    lengths = {
+        seed: len(r.completion_ids) for seed, r in enumerate(sample(engine, {"a": (PROMPT, list(range(40)))})["a"])
+    }
+    long, short = max(lengths, key=lengths.__getitem__), min(lengths, key=lengths.__getitem__)
+    engine.add_group("long", PROMPT, [long])
+    for _ in range(3):
+        assert engine.step() == []
+    engine.add_group("short", PROMPT, [short])
+    order = []
+    while engine.num_unfinished:
+        for group_id, _, rollout in engine.step():
+            order.append(group_id)
+            assert logprob_error(model, PROMPT, rollout) < TOLERANCE
+    assert order == ["short", "long"]
+
+
+@both_engines
+def test_an_aborted_group_is_gone_and_others_are_not_disturbed(start_engine, engine_name):
+    engine, _ = start_engine(engine_name)
+    expected = sample(engine, {"a": (PROMPT, [1, 2])})["a"]
+    engine.add_group("a", PROMPT, [1, 2])
+    engine.add_group("b", OTHER_PROMPT, [3, 4])
+    engine.step()
+    engine.abort_group("b")
+    engine.abort_group("unknown")
+    assert engine.num_unfinished == 2
+    assert [r.completion_ids for r in collect(engine, {"a": 2})["a"]] == [r.completion_ids for r in expected]
+    again = sample(engine, {"b": (PROMPT, [1])})["b"]  # the name is free again
+    assert again[0].completion_ids == expected[0].completion_ids
+
+
+@both_engines
+def test_scoring_between_steps_disturbs_nothing_and_loses_nothing(start_engine, engine_name):
+    engine, path = start_engine(engine_name)
+    model = load(path)
+    expected = sample(engine, {"a": (PROMPT, [1, 2, 3])})["a"]
+    engine.add_group("a", PROMPT, [1, 2, 3])
+    rollouts: dict[int, Rollout] = {}
+    while engine.num_unfinished:
+        completion_ids = list(range(5 + len(rollouts)))
+        logprobs = reference_logits(model, OTHER_PROMPT, completion_ids).log_softmax(-1)
+        expected_score = logprobs.gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
+        assert (torch.tensor(engine.score(OTHER_PROMPT, completion_ids)) - expected_score).abs().max() < TOLERANCE
+        rollouts |= {index: rollout for _, index, rollout in engine.step()}
+    assert [rollouts[i].completion_ids for i in range(3)] == [r.completion_ids for r in expected]
+
+
+@both_engines
+@pytest.mark.parametrize(
+    ("prompt_ids", "seeds", "message"),
+    [
+        ([], [1], "prompt is empty"),
+        (PROMPT * 3, [1], r"a prompt of 300 tokens and a completion of up to 24 .* do not fit into 256"),
+        ([5, 300], [1], r"token ids outside 0\.\.299"),
+        ([5], [1, -1], "a sample seed lies in"),
+        ([5], [2**63], "a sample seed lies in"),
+    ],
+)
+def test_requests_that_cannot_be_served_as_they_are_are_refused(start_engine, engine_name, prompt_ids, seeds, message):
+    engine, _ = start_engine(engine_name)
+    with pytest.raises(ValueError, match=message):
+        engine.add_group("a", prompt_ids, seeds)
+    assert engine.num_unfinished == 0
+    assert len(sample(engine, {"a": (PROMPT, [1])})["a"]) == 1
+
+
+@both_engines
+def test_a_group_id_in_use_is_refused(start_engine, engine_name):
+    engine, _ = start_engine(engine_name)
+    engine.add_group("a", PROMPT, [1])
+    with pytest.raises(ValueError, match="sampled already"):
+        engine.add_group("a", PROMPT, [2])
+    assert len(collect(engine, {"a": 1})["a"]) == 1
+
+
+@both_engines
+def test_scoring_nothing_or_too_much_is_refused(start_engine, engine_name):
+    engine, _ = start_engine(engine_name)
+    for prompt_ids, completion_ids in (([], [1]), ([1], []), (PROMPT, PROMPT + OTHER_PROMPT * 2)):
+        with pytest.raises(ValueError, match="cannot score"):
+            engine.score(prompt_ids, completion_ids)
