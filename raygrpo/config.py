@@ -177,6 +177,19 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this global norm."""
 
 
+DEEPSPEED_KEYS_SET_ELSEWHERE = {
+    "train_batch_size": "groups_per_step and group_size",
+    "train_micro_batch_size_per_gpu": "learner.max_tokens",
+    "gradient_accumulation_steps": "learner.max_tokens",
+    "managed_gradient_accumulation": "learner.max_tokens",
+    "optimizer": "learner.optimizer",
+    "scheduler": "learner.optimizer.schedule",
+    "gradient_clipping": "learner.optimizer.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
 class LearnerConfig(Section):
     num_workers: PositiveInt = 1
     """Learner processes (data parallel); divides groups_per_step."""
@@ -195,8 +208,32 @@ class LearnerConfig(Section):
     """GPUs for each learner."""
     num_threads: PositiveInt | None = None
     """Threads of a learner's CPU kernels; null: the machine's cores, shared evenly among learners."""
-    deepspeed: dict[str, Any] = {"zero_optimization": {"stage": 1}}
-    """DeepSpeed configuration as it is. Keys that follow from other settings (batch sizes, optimizer, precision, clipping) are refused."""
+    deepspeed: dict[str, Any] = Field(default={"zero_optimization": {"stage": 1}})
+    """DeepSpeed's configuration, e.g. {zero_optimization: {stage: 3}}. What follows from other settings is refused here."""
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _zero_stage_by_default(cls, given: Any) -> Any:
+        """Options given for DeepSpeed leave ZeRO stage 1 as it is unless they name another."""
+        if not isinstance(given, dict) or not isinstance(given.get("deepspeed"), dict):
+            return given
+        return given | {"deepspeed": _merge({"zero_optimization": {"stage": 1}}, given["deepspeed"])}
+
+    @model_validator(mode="after")
+    def _deepspeed_options(self) -> LearnerConfig:
+        for key, setting in DEEPSPEED_KEYS_SET_ELSEWHERE.items():
+            if key in self.deepspeed:
+                raise ValueError(f"learner.deepspeed.{key} follows from {setting}: set that instead")
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(
+                f"learner.deepspeed.zero_optimization.stage is {self.zero_stage}: 1, 2 and 3 train identically; stage 0 of "
+                "DeepSpeed 0.19.8 reports no gradient norm in float32 and drifts in bfloat16"
+            )
+        return self
 
 
 class AdvantageConfig(Section):
@@ -424,6 +461,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"groups_per_step ({self.groups_per_step}) is not divisible by learner.num_workers "
                 f"({self.learner.num_workers}): every learner must get the same number of groups"
+            )
+        if self.groups_per_step // self.learner.num_workers % self.algorithm.mini_batches:
+            raise ValueError(
+                f"a learner's groups ({self.groups_per_step // self.learner.num_workers} of groups_per_step "
+                f"{self.groups_per_step}) do not divide into algorithm.mini_batches ({self.algorithm.mini_batches})"
             )
         return self
 
