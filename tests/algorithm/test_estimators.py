@@ -134,6 +134,14 @@ def test_levels_and_bounds_of_the_weights() -> None:
     assert weights(level="none") == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean", "none"])
+def test_weights_carry_no_gradient(level: str) -> None:
+    policy = OLD.clone().requires_grad_()
+    settings = AlgorithmConfig(correction={"level": level})
+    weights, ratio = correction_weights(policy, REF, torch.arange(7), settings, num_rollouts=7)
+    assert not weights.requires_grad and not ratio.requires_grad
+
+
 def test_overlong_penalty_is_a_ramp_at_the_end() -> None:
     settings = AlgorithmConfig(overlong={"buffer": 0.25, "penalty": 0.5})
     penalties = overlong_penalty(torch.tensor([0, 300, 301, 350, 400, 450]), 400, settings)

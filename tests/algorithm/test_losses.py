@@ -105,7 +105,7 @@ REST = [
 ]
 
 
-@pytest.mark.parametrize("surrogate, level, rest", itertools.product(SURROGATES, LEVELS, REST))
+@pytest.mark.parametrize("surrogate, level, rest", list(itertools.product(SURROGATES, LEVELS, REST)))
 def test_loss_and_gradients_are_those_of_the_formulas(surrogate: dict, level: str, rest: dict) -> None:
     batch = random_batch(11, lengths=[3, 0, 5, 1, 2, 4], spread=0.6)
     batch.loss_mask[batch.rollout_index == 3] = False
