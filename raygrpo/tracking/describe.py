@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import glob
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from raygrpo.config import RunConfig
+from raygrpo.config import DataConfig, RunConfig
+
+MAX_HASHED_BYTES = 2 << 30
+MAX_NAME = 500
 
 # Tag -> distributions, of which the first that is installed counts.
 VERSIONS = {
@@ -57,6 +63,38 @@ def provenance_tags() -> dict[str, str]:
         tags["mlflow.source.git.commit"] = commit
         tags["git.dirty"] = "true" if _git("status", "--porcelain", "--untracked-files=no") else "false"
     return tags
+
+
+def dataset_facts(data: DataConfig) -> dict[str, str]:
+    """Name, digest, kind and source of the run's prompts, as MLflow's dataset inputs have them.
+
+    The digest of files is that of their content (of names, sizes and times beyond MAX_HASHED_BYTES in all); of a hub
+    dataset or a function, which we do not read here, that of the settings that choose the rows.
+    """
+    digest = hashlib.sha256()
+    if data.source_kind == "files":
+        paths = sorted(glob.glob(data.source, recursive=True))
+        whole = sum(os.path.getsize(path) for path in paths) <= MAX_HASHED_BYTES
+        for path in paths:
+            stat = os.stat(path)
+            digest.update(
+                os.path.basename(path).encode() if whole else f"{path} {stat.st_size} {stat.st_mtime}".encode()
+            )
+            if whole:
+                with open(path, "rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+        name = os.path.basename(data.source)
+    else:
+        digest.update(
+            json.dumps([data.source, data.subset, data.split, data.args, data.max_rows], default=str).encode()
+        )
+        name = (
+            data.source
+            if data.source_kind == "function"
+            else " ".join(filter(None, (data.source, data.subset, data.split)))
+        )
+    return {"name": name[:MAX_NAME], "digest": digest.hexdigest()[:16], "kind": data.source_kind, "source": data.source}
 
 
 def description(config: RunConfig, run_dir: Path, links: dict[str, str], resume_command: str | None) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import RunConfig
-from raygrpo.tracking.describe import description, flatten, provenance_tags
+from raygrpo.tracking.describe import dataset_facts, description, flatten, provenance_tags
 from raygrpo.tracking.journal import Item, Record
 from raygrpo.tracking.traces import deliver_trace
 
@@ -247,10 +247,25 @@ class MlflowRun:
         new = [Param(key[:MAX_KEY], value) for key, value in params.items() if key not in run.data.params]
         for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
             self.client.log_batch(self._id, params=new[start : start + MAX_PARAMS_PER_BATCH])
+        self._describe_data()
         tags = provenance_tags() | self.tags
         tags["mlflow.note.content"] = description(self.config, self.run_dir, self.links, self.resume_command)
         tags = {key[:MAX_KEY]: _truncated(str(value), MAX_TAG_VALUE) for key, value in tags.items()}
         self.client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _describe_data(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        try:
+            facts = dataset_facts(self.config.data)
+        except OSError as error:  # not ours to stop a run for
+            logger.warning("the data set cannot be described in MLflow: %s", error)
+            return
+        source = json.dumps({"uri": facts["source"]})
+        dataset = Dataset(facts["name"], facts["digest"], facts["kind"], source)
+        self.client.log_inputs(
+            self._id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        )
 
     def _deliver_table(self, artifact_file: str, columns: list[str], data: list[list[Any]]) -> None:
         """As MlflowClient.log_table, but that appends to a file that exists: delivered twice, rows would double."""

@@ -58,7 +58,11 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> FirstRun:
     directory = tmp_path_factory.mktemp("store")
     config = make_config(directory)
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_RUN, config.model_dump_json()], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", FIRST_RUN, config.model_dump_json()],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return FirstRun(directory, done.stdout + done.stderr)
@@ -79,7 +83,12 @@ def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answ
     """A group whose completion i has the components rewards[i] (weights 1 and 0.2) and i + 1 tokens."""
     prompt = Prompt(prompt_id=100 + ticket, prompt_ids=[1] * 30, text=f"Question {ticket}?", answer=answer)
     rollouts = [
-        Rollout(completion_ids=[7] * (i + 1), behaviour_logprobs=[-0.5] * (i + 1), finish_reason="stop", text=f"completion {i}")
+        Rollout(
+            completion_ids=[7] * (i + 1),
+            behaviour_logprobs=[-0.5] * (i + 1),
+            finish_reason="stop",
+            text=f"completion {i}",
+        )
         for i in range(len(rewards))
     ]
     group = RolloutGroup(

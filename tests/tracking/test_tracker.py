@@ -27,7 +27,11 @@ def test_a_run_writes_every_step_once_and_describes_itself(configure: MakeConfig
     options = {f"option_{i:03d}": i for i in range(150)}
     config = configure(generator={"vllm": options}, data={"system_prompt": "x" * 7000})
     tracker = Tracker(
-        config, str(tmp_path / "run"), tags={"job": "raysubmit_1"}, links={"Ray": "http://ray"}, resume_command="again --resume"
+        config,
+        str(tmp_path / "run"),
+        tags={"job": "raysubmit_1"},
+        links={"Ray": "http://ray"},
+        resume_command="again --resume",
     )
     tracker.start()
     log_steps(tracker, range(8))
@@ -46,7 +50,13 @@ def test_a_run_writes_every_step_once_and_describes_itself(configure: MakeConfig
     assert run.data.params["generator.vllm.option_149"] == "149"
     assert RunConfig.model_validate(yaml.safe_load(store.text(links.run_id, "config.yaml", tmp_path))) == config
     assert json.loads(store.text(links.run_id, "summary.json", tmp_path)) == {"reward": 0.7}
-    assert {"version.torch", "version.ray", "version.vllm", "version.deepspeed", "version.raygrpo"} <= run.data.tags.keys()
+    assert {
+        "version.torch",
+        "version.ray",
+        "version.vllm",
+        "version.deepspeed",
+        "version.raygrpo",
+    } <= run.data.tags.keys()
     assert run.data.tags["job"] == "raysubmit_1"
     assert "again --resume" in run.data.tags["mlflow.note.content"]
     assert "[Ray](http://ray)" in run.data.tags["mlflow.note.content"]
