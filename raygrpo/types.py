@@ -77,7 +77,8 @@ StepMetrics = dict[str, float]  # metric name -> value, for one step
 def group_to_row(group: RolloutGroup) -> dict[str, Any]:
     """The group as one row for Arrow: plain lists and strings. `row_to_group` is its inverse."""
     prompt = _plain(group.prompt) | {"answer": json.dumps(group.prompt.answer), "row": json.dumps(group.prompt.row)}
-    return _plain(group) | {"prompt": prompt, "rollouts": [_plain(rollout) for rollout in group.rollouts]}
+    rollouts = [_plain(rollout) for rollout in group.rollouts]
+    return _plain(group) | {"prompt": prompt, "rollouts": rollouts, "error": _encodable(group.error)}
 
 
 def row_to_group(row: dict[str, Any]) -> RolloutGroup:
@@ -88,8 +89,8 @@ def row_to_group(row: dict[str, Any]) -> RolloutGroup:
 
 def scored_group_to_row(scored: ScoredGroup) -> dict[str, Any]:
     """As `group_to_row`, one level up."""
-    row = {"group": group_to_row(scored.group), "rewards": [_plain(reward) for reward in scored.rewards]}
-    return _plain(scored) | row
+    rewards = [_plain(reward) | {"error": _encodable(reward.error)} for reward in scored.rewards]
+    return _plain(scored) | {"group": group_to_row(scored.group), "rewards": rewards}
 
 
 def row_to_scored_group(row: dict[str, Any]) -> ScoredGroup:
@@ -99,3 +100,8 @@ def row_to_scored_group(row: dict[str, Any]) -> ScoredGroup:
 def _plain(value: Any) -> dict[str, Any]:
     """One level of the dataclass as a dict; dataclasses.asdict would copy every token."""
     return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _encodable(text: str) -> str:
+    """Half surrogate pairs, which a user's exception may hold but UTF-8 may not, become question marks."""
+    return text.encode(errors="replace").decode()
