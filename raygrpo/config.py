@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     PositiveFloat,
@@ -24,16 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from raygrpo.algorithm_config import AlgorithmConfig
 from raygrpo.imports import is_object_name
-from raygrpo.presets import PRESETS
-
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from raygrpo.section import NonNegativeFloat, NonNegativeInt, Probability, Section, merge
 
 
 class ModelConfig(Section):
@@ -124,7 +115,9 @@ class RewardConfig(Section):
     def _distinct_names(self) -> RewardConfig:
         names = [function.metric_name for function in self.functions]
         if taken := {"mean", "std", "frac_zero_std", "num_failed"}.intersection(names):
-            raise ValueError(f"reward/{taken.pop()} is a metric of the total reward: give this reward function another `name`")
+            raise ValueError(
+                f"reward/{taken.pop()} is a metric of the total reward: give this reward function another `name`"
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"two reward functions share a name ({', '.join(names)}): give one of them a `name`")
         return self
@@ -221,7 +214,7 @@ class LearnerConfig(Section):
         """Options given for DeepSpeed leave ZeRO stage 1 as it is unless they name another."""
         if not isinstance(given, dict) or not isinstance(given.get("deepspeed"), dict):
             return given
-        return given | {"deepspeed": _merge({"zero_optimization": {"stage": 1}}, given["deepspeed"])}
+        return given | {"deepspeed": merge({"zero_optimization": {"stage": 1}}, given["deepspeed"])}
 
     @model_validator(mode="after")
     def _deepspeed_options(self) -> LearnerConfig:
@@ -233,146 +226,6 @@ class LearnerConfig(Section):
                 f"learner.deepspeed.zero_optimization.stage is {self.zero_stage}: 1, 2 and 3 train identically; stage 0 of "
                 "DeepSpeed 0.19.8 reports no gradient norm in float32 and drifts in bfloat16"
             )
-        return self
-
-
-class AdvantageConfig(Section):
-    baseline: Literal["group", "leave_one_out", "none"] = "group"
-    """What a reward is compared with: the mean of its group, of the group's other completions (RLOO), or nothing."""
-    scale: Literal["group", "batch", "none"] = "group"
-    """Divide by the standard deviation of the group's rewards (GRPO), of the whole step's, or not at all (Dr. GRPO)."""
-    per_reward: bool = False
-    """Give each reward function advantages of its own, then weigh and add them (GDPO); else add rewards first."""
-    whiten: Literal["none", "rollouts", "tokens"] = "none"
-    """At last give the step's advantages mean 0 and deviation 1 (REINFORCE++), over rollouts or over tokens."""
-    eps: NonNegativeFloat = 1e-6
-    """Added to every standard deviation that divides."""
-
-    @model_validator(mode="after")
-    def _scalable(self) -> AdvantageConfig:
-        if self.baseline == "none" and self.scale != "none":
-            raise ValueError(
-                f"advantage.scale {self.scale} needs a baseline, and advantage.baseline is none: set one, or scale none "
-                "with whiten rollouts, which centres and scales over the step"
-            )
-        return self
-
-    @property
-    def needs_whole_step(self) -> bool:
-        """Whether an advantage depends on the step's other groups: then a rank's own groups are not enough."""
-        return self.scale == "batch" or self.whiten != "none"
-
-
-class KLConfig(Section):
-    coef: NonNegativeFloat = 0.0
-    """Weight of the penalty for leaving the frozen reference policy; 0: no reference policy is loaded."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimate: log ratio, half its square, or the unbiased and never negative k3."""
-    placement: Literal["loss", "reward"] = "loss"
-    """Add the penalty to the loss of each token, or subtract its sum over a completion from the reward."""
-    gradient: Literal["estimator", "k2", "ratio"] = "estimator"
-    """Of the penalty in the loss: the estimator's own; that of k2, which is the KL's; or the estimator weighted by the
-    policy ratio, which is the KL's also after several updates."""
-    target: PositiveFloat | None = None
-    """Steer `coef`, from its value here, so that the mean KL of a token stays near this; null: `coef` is fixed."""
-    horizon: PositiveInt = 10_000
-    """Completions over which the steered `coef` reacts: larger is slower."""
-
-    @model_validator(mode="after")
-    def _steerable(self) -> KLConfig:
-        if self.target is not None and self.coef == 0:
-            raise ValueError(f"kl.target ({self.target}) multiplies kl.coef, which is 0 and would stay 0: set kl.coef")
-        if self.gradient != "estimator" and self.placement == "reward":
-            raise ValueError(f"kl.gradient ({self.gradient}) is for kl.placement loss: a reward has no gradient")
-        return self
-
-
-class CorrectionConfig(Section):
-    level: Literal["token", "sequence", "sequence_mean", "none"] = "token"
-    """Weigh the loss by learner over sampler probability: of each token, of the whole completion, the geometric mean of
-    its tokens, or not at all."""
-    action: Literal["truncate", "mask"] = "truncate"
-    """A weight outside [floor, cap] is moved to the bound (truncated importance sampling) or set to 0 (IcePop)."""
-    floor: NonNegativeFloat = 0.0
-    cap: PositiveFloat = 2.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CorrectionConfig:
-        if self.floor > self.cap:
-            raise ValueError(f"correction.floor ({self.floor}) is above correction.cap ({self.cap})")
-        return self
-
-
-class OverlongConfig(Section):
-    mask: bool = False
-    """Completions cut off at max_tokens have no loss; their rewards still count in their group."""
-    buffer: Probability = 0.0
-    """Share of max_tokens at its end over which a length penalty rises from 0 to `penalty` (DAPO); 0: no penalty."""
-    penalty: NonNegativeFloat = 1.0
-    """Subtracted from the reward of a completion of max_tokens tokens, when `buffer` is above 0."""
-
-
-class AlgorithmConfig(Section):
-    preset: str | None = None
-    """Named settings to start from (presets.py); any field set beside it wins. `algorithm: dapo` is short for
-    `algorithm: {preset: dapo}`."""
-    advantage: AdvantageConfig = AdvantageConfig()
-    loss: Literal["ppo_clip", "cispo", "sapo"] = "ppo_clip"
-    """Surrogate: clipped ratio (PPO; GSPO with sequence_mean), clipped detached weight (CISPO), soft gate (SAPO)."""
-    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
-    """Policy ratio in the surrogate: of each token, of the whole completion, or its geometric mean per token (GSPO)."""
-    clip_low: NonNegativeFloat = 0.2
-    """The policy ratio counts down to 1 - clip_low. Not used by sapo."""
-    clip_high: NonNegativeFloat = 0.2
-    """The policy ratio counts up to 1 + clip_high. Not used by sapo."""
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
-    """Bound of the ratio for negative advantages (ppo_clip only), e.g. 3; null: none."""
-    sapo_temperature_positive: PositiveFloat = 1.0
-    """Steepness of SAPO's gate for positive advantages."""
-    sapo_temperature_negative: PositiveFloat = 1.05
-    """Steepness of SAPO's gate for the other advantages."""
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
-    """Mean over all tokens of the step; mean over completions of their token means; mean over completions of their
-    token sums, divided by aggregation_length (Dr. GRPO)."""
-    aggregation_length: PositiveInt | None = None
-    """Constant that sequence_sum divides by; null: generator.sampling.max_tokens."""
-    kl: KLConfig = KLConfig()
-    correction: CorrectionConfig = CorrectionConfig()
-    entropy_coef: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus."""
-    overlong: OverlongConfig = OverlongConfig()
-    dynamic_sampling: NonNegativeInt = 0
-    """How many fresh prompts a ticket may claim, one after another, while its group has no spread; 0: none."""
-    epochs: PositiveInt = 1
-    """Passes over a step's rollouts."""
-    mini_batches: PositiveInt = 1
-    """Optimizer updates in a pass, each on its share of the step's groups."""
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.epochs * self.mini_batches
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, given: Any) -> Any:
-        given = {"preset": given} if isinstance(given, str) else given
-        if not isinstance(given, dict) or given.get("preset") is None:
-            return given
-        name = given["preset"]
-        if name not in PRESETS:
-            nearest = difflib.get_close_matches(str(name), PRESETS, n=1)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"unknown algorithm.preset {name!r}: {hint}known are {', '.join(PRESETS)}")
-        return _merge(PRESETS[name], given)
-
-    @model_validator(mode="after")
-    def _applicable(self) -> AlgorithmConfig:
-        if self.dual_clip is not None and self.loss != "ppo_clip":
-            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) belongs to loss ppo_clip, not to {self.loss}")
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(f"algorithm.dual_clip ({self.dual_clip}) must be above 1 + clip_high ({self.clip_high})")
-        if self.loss == "ppo_clip" and self.clip_low > 1:
-            raise ValueError(f"algorithm.clip_low ({self.clip_low}) is above 1: the ratio is never negative")
         return self
 
 
@@ -436,17 +289,6 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _whole_mini_batches(self) -> RunConfig:
-        groups = self.groups_per_step // self.learner.num_workers
-        if groups % self.algorithm.mini_batches:
-            raise ValueError(
-                f"algorithm.mini_batches ({self.algorithm.mini_batches}) does not divide the {groups} groups that each "
-                f"learner gets in a step (groups_per_step {self.groups_per_step}, learner.num_workers "
-                f"{self.learner.num_workers})"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _resolved_algorithm(self) -> RunConfig:
         algorithm = self.algorithm
         if algorithm.aggregation == "sequence_sum" and algorithm.aggregation_length is None:
@@ -492,7 +334,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     for override in overrides or []:
         _set_override(overridden, override)
     _resolve_paths(overridden, Path.cwd())
-    tree = {"name": path.stem} | _merge(tree, overridden)
+    tree = {"name": path.stem} | merge(tree, overridden)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -514,15 +356,6 @@ def _set_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"{override!r} sets a key inside {parent!r}, which another override set to {tree!r}")
     tree[leaf] = value
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key; anything else is replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _resolve_paths(tree: dict[str, Any], directory: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from raygrpo.config import AlgorithmConfig
+    from raygrpo.algorithm_config import AlgorithmConfig
 
 _GROUP_STD = {"baseline": "group", "scale": "group"}
 _PPO = {"loss": "ppo_clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.algorithm.segments import segment_counts, segment_sum
-from raygrpo.config import AdvantageConfig, AlgorithmConfig
+from raygrpo.algorithm_config import AdvantageConfig, AlgorithmConfig
 
 
 def compute_advantages(
@@ -45,19 +45,19 @@ def compute_advantages(
     valid = values.isfinite().all(dim=1)
     values = values[valid]
     if not config.per_reward:
-        values, weights = values @ weights[:, None], weights.new_ones(1)
+        # Not a matrix product, which may round equal rows differently.
+        values, weights = (values * weights).sum(dim=1, keepdim=True), weights.new_ones(1)
     _, index = group_index[valid].unique(return_inverse=True)
-    relative = _relative_to_baseline(values, index, config)
-    advantages = relative @ weights
+    advantages = (_relative_to_baseline(values, index, config) * weights).sum(dim=1)
     if config.whiten != "none":
-        if config.whiten == "tokens" and num_tokens is None:
-            raise ValueError(
-                "advantage.whiten is tokens: compute_advantages needs num_tokens, the loss tokens of each rollout"
-            )
-        shares = num_tokens[valid].double() if config.whiten == "tokens" else torch.ones_like(advantages)
+        shares = torch.ones_like(advantages)
+        if config.whiten == "tokens":
+            if num_tokens is None:
+                raise ValueError("advantage.whiten is tokens: compute_advantages needs num_tokens")
+            shares = num_tokens[valid].double()
         advantages = _whitened(advantages, shares, config.eps)
         if config.baseline != "none":
-            advantages = advantages.masked_fill((relative == 0).all(dim=1) & _constant(values, index).all(dim=1), 0.0)
+            advantages = advantages.masked_fill(_constant(values, index).all(dim=1), 0.0)
     return advantages.new_zeros(len(rewards)).masked_scatter(valid, advantages).to(dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raygrpo.algorithm.kl import MAX_LOG_RATIO
 from raygrpo.algorithm.segments import log_ratio_at_level
-from raygrpo.config import AlgorithmConfig
+from raygrpo.algorithm_config import AlgorithmConfig
 
 
 def correction_weights(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.algorithm.segments import segment_sum
-from raygrpo.config import AlgorithmConfig
+from raygrpo.algorithm_config import AlgorithmConfig
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: beyond it a ratio is an outlier, and in float32 its products would overflow
 

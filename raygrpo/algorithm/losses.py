@@ -11,7 +11,7 @@ from torch import Tensor
 from raygrpo.algorithm.importance import correction_weights
 from raygrpo.algorithm.kl import MAX_LOG_RATIO, kl_estimate, kl_penalty
 from raygrpo.algorithm.segments import log_ratio_at_level, segment_counts
-from raygrpo.config import AlgorithmConfig
+from raygrpo.algorithm_config import AlgorithmConfig
 
 
 @dataclass(frozen=True, slots=True)

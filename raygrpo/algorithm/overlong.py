@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raygrpo.config import AlgorithmConfig
+from raygrpo.algorithm_config import AlgorithmConfig
 
 
 def overlong_penalty(num_tokens: Tensor, max_tokens: int, settings: AlgorithmConfig) -> Tensor:

@@ -48,6 +48,24 @@ def test_every_preset_loads_and_says_what_it_set(name: str, tmp_path: Path) -> N
     assert str(fields[0]) == "algorithm.advantage.baseline = " + algorithm.advantage.baseline
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_presets_in_the_docs_says_the_same(name: str) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    (row,) = [line.split("|") for line in docs.splitlines() if line.startswith(f"| `{name}` ")]
+    algorithm = AlgorithmConfig(preset=name)
+    advantage = algorithm.advantage
+    scale = {"group": "group std", "none": "none"}[advantage.scale]
+    words = [advantage.baseline, scale, "per reward" if advantage.per_reward else "", "then whitened"]
+    words = [word for word in words[: 3 + (advantage.whiten != "none")] if word]
+    assert row[2].strip() == ", ".join(words)
+    assert row[3].strip() == f"{algorithm.loss}, {algorithm.ratio}"
+    if algorithm.loss == "ppo_clip":
+        assert [float(bound) for bound in row[4].split("/")] == [algorithm.clip_low, algorithm.clip_high]
+    assert row[5].strip() == algorithm.aggregation
+    assert (str(algorithm.kl.coef) in row[6]) == (algorithm.kl.coef > 0)
+    assert (f"dynamic sampling {algorithm.dynamic_sampling}" in row[6]) == (algorithm.dynamic_sampling > 0)
+
+
 def test_no_preset_is_the_documented_default(tmp_path: Path) -> None:
     algorithm = load(tmp_path).algorithm
     assert (algorithm.advantage.baseline, algorithm.advantage.scale, algorithm.advantage.eps) == (
@@ -104,7 +122,7 @@ def test_sequence_sum_divides_by_the_longest_completion_unless_told_otherwise(tm
         ({"dual_clip": 3.0, "loss": "sapo"}, r"dual_clip \(3\.0\) belongs to loss ppo_clip, not to sapo"),
         ({"dual_clip": 1.1}, r"dual_clip \(1\.1\) must be above 1 \+ clip_high \(0\.2\)"),
         ({"clip_low": 1.5}, r"clip_low \(1\.5\) is above 1"),
-        ({"mini_batches": 3}, r"mini_batches \(3\) does not divide the 8 groups"),
+        ({"mini_batches": 3}, r"a learner's groups \(8 of .* do not divide into algorithm\.mini_batches \(3\)"),
     ],
 )
 def test_bad_settings_are_refused_with_both_values(algorithm: Any, message: str, tmp_path: Path) -> None:
@@ -121,7 +139,7 @@ def test_biased_sampling_needs_the_correction(cut: str, tmp_path: Path) -> None:
 
 
 def test_mini_batches_count_a_learners_own_groups(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mini_batches \(4\) does not divide the 2 groups"):
+    with pytest.raises(ValueError, match=r"groups \(2 of .*mini_batches \(4\)"):
         load(tmp_path, {"mini_batches": 4}, learner={"num_workers": 4})
     assert load(tmp_path, {"mini_batches": 4, "epochs": 3}).algorithm.updates_per_step == 12
 
