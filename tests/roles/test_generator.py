@@ -1,0 +1,290 @@
+"""The generator: versions are exact, nothing is lost, a broken engine ends the process.
+
+Most of it runs in this process on the transformers engine; what a process boundary changes runs as Ray actors, once
+with vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
+from raygrpo.engines.sampling import EngineDeadError
+from raygrpo.roles.generator import Generator
+from raygrpo.types import Prompt, RolloutGroup
+from raygrpo.weights import PackedWeights, pack
+from tests.tiny_models import tiny_model
+
+PROMPT = Prompt(prompt_id=3, prompt_ids=[(7 * i) % 250 for i in range(70)], text="", answer="4")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Models that differ in their weights: what version 0, 1 and 2 are made of."""
+    return [tiny_model(tmp_path_factory.mktemp("model"), vocab_size=300, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def models(paths: list[Path]) -> list[Any]:
+    return [AutoModelForCausalLM.from_pretrained(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def packed(models: list[Any]) -> list[PackedWeights]:
+    return [pack(model.named_parameters()) for model in models]
+
+
+@pytest.fixture(scope="module")
+def small_ray() -> Any:
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def settings(path: Path, *, engine: str = "transformers", max_groups: int = 4, max_tokens: int = 12) -> dict[str, Any]:
+    return dict(
+        name="generator-0",
+        model=ModelConfig(path=str(path)),
+        generator=GeneratorConfig(
+            engine=engine,
+            max_groups=max_groups,
+            num_threads=1,
+            sampling=SamplingConfig(max_tokens=max_tokens),
+            vllm={"kv_cache_memory_bytes": 32 * 2**20} if engine == "vllm" else {},
+        ),
+        max_model_len=128,
+    )
+
+
+def logprob_error(model: Any, group: RolloutGroup) -> float:
+    worst = 0.0
+    for rollout in group.rollouts:
+        ids = torch.tensor([group.prompt.prompt_ids + rollout.completion_ids])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(group.prompt.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+        worst = max(worst, (expected - torch.tensor(rollout.behaviour_logprobs)).abs().max().item())
+    return worst
+
+
+def tokens(group: RolloutGroup) -> list[list[int]]:
+    return [rollout.completion_ids for rollout in group.rollouts]
+
+
+def test_a_group_has_a_rollout_for_each_seed_in_order_and_says_where_it_comes_from(paths, models):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0]))
+        start = time.time()
+        group = await generator.generate(17, PROMPT, [5, 6, 7, 8], 0)
+        assert (group.ticket, group.prompt, group.policy_version, group.error) == (17, PROMPT, 0, "")
+        assert group.generator == "generator-0"
+        assert start <= group.generate_start_s <= group.generate_end_s <= time.time()
+        assert logprob_error(models[0], group) < TOLERANCE
+        reverse = await generator.generate(18, PROMPT, [8, 7, 6, 5], 0)
+        assert tokens(reverse) == tokens(group)[::-1]
+        status = await generator.status()
+        assert (status.num_groups, status.groups_running, status.groups_waiting) == (2, 0, 0)
+        assert status.num_tokens == sum(map(len, tokens(group) + tokens(reverse)))
+        assert status.num_cached_tokens == 2 * 3 * len(PROMPT.prompt_ids)
+        assert 0 < status.busy_s < time.time() - start
+
+    asyncio.run(main())
+
+
+def test_running_groups_end_under_the_old_version_and_waiting_ones_begin_under_the_new(paths, models, packed):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_groups=3, max_tokens=40))
+        tasks = [asyncio.create_task(generator.generate(t, PROMPT, [4 * t, 4 * t + 1], 0)) for t in range(8)]
+        while (await generator.status()).groups_running < 3:
+            await asyncio.sleep(0.001)
+        ack = await generator.load_weights(1, packed[1])
+        assert (ack.generator, ack.version, ack.num_bytes) == ("generator-0", 1, packed[1].num_bytes)
+        groups = await asyncio.gather(*tasks)
+        versions = [group.policy_version for group in groups]
+        assert versions.count(0) >= 3
+        assert versions.count(1) >= 1
+        for group in groups:
+            assert logprob_error(models[group.policy_version], group) < TOLERANCE
+            assert logprob_error(models[1 - group.policy_version], group) > 0.1
+
+    asyncio.run(main())
+
+
+def test_a_generator_never_has_more_groups_in_its_engine_than_max_groups(paths):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_groups=2, max_tokens=40))
+        tasks = [asyncio.create_task(generator.generate(t, PROMPT, [t], 0)) for t in range(9)]
+        seen = set()
+        while not all(task.done() for task in tasks):
+            seen.add((await generator.status()).groups_running)
+            await asyncio.sleep(0.001)
+        assert max(seen) == 2
+
+    asyncio.run(main())
+
+
+def test_generate_waits_for_its_version_and_gives_up_in_time(paths, models, packed):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0]), version_timeout_s=0.3)
+        early = asyncio.create_task(generator.generate(0, PROMPT, [1, 2], 2))
+        await asyncio.sleep(0.05)
+        assert (await generator.status()).groups_waiting == 1
+        await generator.load_weights(1, packed[1])
+        await asyncio.sleep(0.05)
+        assert not early.done()
+        await generator.load_weights(2, packed[2])
+        group = await early
+        assert group.policy_version == 2
+        assert logprob_error(models[2], group) < TOLERANCE
+        with pytest.raises(TimeoutError, match=r"generator-0 has version 2; version 3 did not come within 0\.3 s"):
+            await generator.generate(1, PROMPT, [1], 3)
+
+    asyncio.run(main())
+
+
+def test_bad_weights_are_refused_and_the_generator_goes_on(paths, models, packed):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0]))
+        await generator.load_weights(1, packed[1])
+        with pytest.raises(ValueError, match="serves version 1; version 0 is older"):
+            await generator.load_weights(0, packed[0])
+        buffer = packed[2].buffer.copy()
+        buffer[1000] ^= 4
+        with pytest.raises(ValueError, match=f"digest of '{packed[2].index[0].name}' does not match"):
+            await generator.load_weights(2, dataclasses.replace(packed[2], buffer=buffer))
+        with pytest.raises(ValueError, match="published tensors are not those of the model"):
+            await generator.load_weights(2, pack([("w", torch.zeros(2))]))
+        again = await generator.load_weights(1, packed[2])  # the same version is not loaded twice
+        assert (again.version, again.num_bytes) == (1, 0)
+        group = await generator.generate(0, PROMPT, [1, 2], 1)
+        assert group.policy_version == 1
+        assert logprob_error(models[1], group) < TOLERANCE
+
+    asyncio.run(main())
+
+
+def test_a_request_that_cannot_be_served_fails_alone(paths):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0]))
+        too_long = dataclasses.replace(PROMPT, prompt_ids=PROMPT.prompt_ids * 2)
+        results = await asyncio.gather(
+            generator.generate(0, PROMPT, [1], 0),
+            generator.generate(1, too_long, [1], 0),
+            generator.completion_logprobs([], [1]),
+            generator.generate(2, PROMPT, [1], 0),
+            return_exceptions=True,
+        )
+        assert isinstance(results[1], ValueError) and "do not fit into 128" in str(results[1])
+        assert isinstance(results[2], ValueError) and "cannot score" in str(results[2])
+        assert tokens(results[0]) == tokens(results[3])
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_leaves_the_engine(paths):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_groups=1, max_tokens=50))
+        expected = tokens(await generator.generate(0, PROMPT, [1], 0))
+        running = asyncio.create_task(generator.generate(1, PROMPT, list(range(8)), 0))
+        waiting = asyncio.create_task(generator.generate(2, PROMPT, [3], 0))
+        while (await generator.status()).groups_running + (await generator.status()).groups_waiting < 2:
+            await asyncio.sleep(0.001)
+        running.cancel()
+        waiting.cancel()
+        await asyncio.gather(running, waiting, return_exceptions=True)
+        assert running.cancelled() and waiting.cancelled()
+        assert tokens(await generator.generate(3, PROMPT, [1], 0)) == expected
+        status = await generator.status()
+        assert (status.groups_running, status.groups_waiting, status.num_groups) == (0, 0, 2)
+
+    asyncio.run(main())
+
+
+def test_completion_logprobs_are_those_of_the_loaded_weights_while_groups_run(paths, models, packed):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_tokens=40))
+        await generator.load_weights(1, packed[1])
+        task = asyncio.create_task(generator.generate(0, PROMPT, [1, 2], 1))
+        logprobs = await generator.completion_logprobs(PROMPT.prompt_ids, [4, 5, 6])
+        with torch.no_grad():
+            expected = models[1](torch.tensor([[*PROMPT.prompt_ids, 4, 5, 6]])).logits[0, -4:-1].log_softmax(-1)
+        assert (torch.tensor(logprobs) - expected[range(3), [4, 5, 6]]).abs().max() < TOLERANCE
+        assert logprob_error(models[1], await task) < TOLERANCE
+
+    asyncio.run(main())
+
+
+def test_a_model_that_does_not_load_fails_the_constructor(tmp_path):
+    with pytest.raises(OSError, match=r"(?s)nothing-here"):
+        Generator(**settings(tmp_path / "nothing-here"))
+
+
+def test_a_broken_engine_fails_every_caller_and_ray_restarts_the_process(small_ray, paths, models, packed):
+    """The engine is broken by weights that are not finite; the restarted process is at version 0 and loads again."""
+    nan = pack((name, torch.full_like(p, torch.nan)) for name, p in models[0].named_parameters())
+    actor = ray.remote(Generator).options(num_cpus=0.1, max_restarts=-1).remote(**settings(paths[0], max_groups=1))
+    before = ray.get(actor.status.remote())
+    ray.get(actor.load_weights.remote(1, nan))
+    calls = [actor.generate.remote(ticket, PROMPT, [1, 2], 1) for ticket in range(3)]
+    for call in calls:
+        with pytest.raises(EngineDeadError, match="logits are not finite"):
+            ray.get(call, timeout=30)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            status = ray.get(actor.status.remote(), timeout=60)
+        except ray.exceptions.RayActorError:
+            status = before
+        if status.pid != before.pid:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert status.version == 0
+    assert ray.get(actor.load_weights.remote(2, [ray.put(packed[2])])).version == 2
+    group = ray.get(actor.generate.remote(9, PROMPT, [1, 2], 2))
+    assert group.policy_version == 2
+    assert logprob_error(models[2], group) < TOLERANCE
+    ray.kill(actor)
+
+
+def test_vllm_generators_serve_published_weights(small_ray, paths, models, packed):
+    """One reference in a list, as the controller passes it; both actors sample the same for the same seeds."""
+    make = ray.remote(Generator).options(num_cpus=0.1)
+    actors = [make.remote(**settings(paths[0], engine="vllm", max_groups=2) | {"name": f"g{i}"}) for i in range(2)]
+    seeds = [11, 12, 13, 14]
+    first = ray.get([actor.generate.remote(0, PROMPT, seeds, 0) for actor in actors])
+    late = [actor.generate.remote(1, PROMPT, seeds, 1) for actor in actors]  # wait for version 1
+    weights = [ray.put(packed[1])]
+    acks = ray.get([actor.load_weights.remote(1, weights) for actor in actors])
+    assert [ack.version for ack in acks] == [1, 1]
+    second = ray.get(late)
+    for version, groups in enumerate((first, second)):
+        assert [group.generator for group in groups] == ["g0", "g1"]
+        assert tokens(groups[0]) == tokens(groups[1])
+        for group in groups:
+            assert group.policy_version == version
+            assert logprob_error(models[version], group) < TOLERANCE
+    score = ray.get(actors[0].completion_logprobs.remote(PROMPT.prompt_ids, [4, 5, 6]))
+    with torch.no_grad():
+        expected = models[1](torch.tensor([[*PROMPT.prompt_ids, 4, 5, 6]])).logits[0, -4:-1].log_softmax(-1)
+    assert (torch.tensor(score) - expected[range(3), [4, 5, 6]]).abs().max() < TOLERANCE
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_importing_the_role_loads_no_heavy_package():
+    heavy = "{'torch', 'vllm', 'transformers', 'ray'}"
+    code = f"import sys, raygrpo.roles.generator; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
