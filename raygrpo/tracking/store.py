@@ -308,5 +308,5 @@ def _quiet_mlflow() -> None:
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401  # sets up its loggers, which we then turn down
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
