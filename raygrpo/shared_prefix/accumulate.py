@@ -58,6 +58,7 @@ def accumulate_gradients(
     temperature: float = 1.0,
     entropy: bool = False,
     skip: Collection[int] = (),
+    min_shared_head: int | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
     counts: PassCounts | None = None,
 ) -> Accumulated:
@@ -67,12 +68,13 @@ def accumulate_gradients(
     totals that are known beforehand, not by what a part holds).
     skip: indices of groups that are left out, such as those whose advantages are all zero: exact if their loss has no
     gradient (no KL, entropy or router term); they still count in loss_fn's own totals.
+    min_shared_head: groups whose prompts begin with so many equal tokens share these too.
     backward: DeepSpeed users pass engine.backward. counts: passes to make at least, so that all ranks make equally many
     (PassCounts.maximum over the ranks' plan_passes(groups, max_tokens).counts); the rest run padding.
     """
-    run = _Run(model, groups, loss_fn, temperature, entropy, backward)
+    run = _Run(model, groups, loss_fn, temperature, entropy, min_shared_head, backward)
     wanted = [index for index in range(len(groups)) if index not in skip]
-    passes = plan_passes([groups[index] for index in wanted], max_tokens)
+    passes = plan_passes([groups[index] for index in wanted], max_tokens, min_shared_head=min_shared_head)
     own = passes.counts
     if counts is None:
         counts = own
@@ -91,9 +93,12 @@ def accumulate_gradients(
 
 
 class _Run:
-    def __init__(self, model, groups, loss_fn, temperature, entropy, backward):
+    """One call of accumulate_gradients: what it was given, and what has been scored so far."""
+
+    def __init__(self, model, groups, loss_fn, temperature, entropy, min_shared_head, backward):
         self.model, self.groups, self.loss_fn = model, groups, loss_fn
         self.temperature, self.entropy, self.backward = temperature, entropy, backward
+        self.min_shared_head = min_shared_head
         self.first_completion, self.first_token = [0], [0]  # of each group
         for _, completions in groups:
             self.first_completion.append(self.first_completion[-1] + len(completions))
@@ -103,7 +108,8 @@ class _Run:
 
     def stream(self, indices: Sequence[int]) -> None:
         """One stream of whole groups."""
-        batch = SharedPrefixBatch.from_groups([self.groups[index] for index in indices])
+        groups = [self.groups[index] for index in indices]
+        batch = SharedPrefixBatch.from_groups(groups, min_shared_head=self.min_shared_head)
         members = [(index, member) for index in indices for member in range(len(self.groups[index][1]))]
         self._backward(batch, members)
 

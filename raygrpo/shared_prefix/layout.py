@@ -196,8 +196,6 @@ class SharedPrefixBatch:
     @classmethod
     def continuing(cls, prompt_ids: TokenIds, completions: Sequence[TokenIds]) -> SharedPrefixBatch:
         """Completions alone, of a prompt that was encoded before and whose keys and values are given to the model."""
-        if not any(len(member) for member in completions):
-            raise ValueError("no completion has a token: there is nothing to encode")
         segments = [Segment(list(member)) for member in completions]
         spans = [(index, 0) for index in range(len(segments))]
         return cls._lay_out(segments, spans, (len(completions),), external_ids=tuple(prompt_ids))
@@ -213,6 +211,8 @@ class SharedPrefixBatch:
 
     @classmethod
     def _lay_out(cls, segments, completions, group_sizes, external_ids: tuple[int, ...] = ()) -> SharedPrefixBatch:
+        if not any(len(segment.ids) for segment in segments):
+            raise ValueError("there are no tokens to encode")
         nodes, places = compress(segments)
         levels = level_order(nodes)
         order = [node for level in levels for node in level]
@@ -220,9 +220,7 @@ class SharedPrefixBatch:
         rank = {node: index for index, node in enumerate(order)}
 
         input_ids = [token for node in order for token in nodes[node].ids]
-        position_ids = torch.cat(
-            [torch.arange(o, o + n) for o, n in zip(plan.offsets, plan.own.q_lens, strict=True)] or [torch.empty(0)]
-        )
+        position_ids = torch.cat([torch.arange(o, o + n) for o, n in zip(plan.offsets, plan.own.q_lens, strict=True)])
         token_rows, targets, lengths, spans = [], [], [], []
         for segment, skipped in completions:
             scored = segments[segment].ids[skipped:]
@@ -238,7 +236,7 @@ class SharedPrefixBatch:
             spans.append((rank[node], offset + skipped))
         return cls(
             input_ids=torch.tensor(input_ids, dtype=torch.long),
-            position_ids=position_ids.long(),
+            position_ids=position_ids,
             plan=plan,
             token_rows=torch.tensor(token_rows, dtype=torch.long),
             targets=torch.tensor(targets, dtype=torch.long),

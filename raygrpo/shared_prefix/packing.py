@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from raygrpo.shared_prefix.layout import Group
+from raygrpo.shared_prefix.tree import num_common
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ def num_stream_tokens(group: Group) -> int:
     return len(prompt) + sum(len(completion) for completion in completions)
 
 
-def pack(groups: Sequence[Group], max_tokens: int) -> list[list[int]]:
+def pack(groups: Sequence[Group], max_tokens: int, *, min_shared_head: int | None = None) -> list[list[int]]:
     """Place whole groups in as few streams of at most max_tokens as best-fit decreasing finds; indices of groups.
 
     Best-fit decreasing needs at most 11/9 of the fewest possible streams, plus one (Johnson, 1974).
+    min_shared_head: keep prompts that begin with so many equal tokens together, and count what they share once.
     """
     sizes = [num_stream_tokens(group) for group in groups]
     for index, size in enumerate(sizes):
@@ -57,29 +59,52 @@ def pack(groups: Sequence[Group], max_tokens: int) -> list[list[int]]:
                 f"group {index} takes {size} tokens, more than max_tokens = {max_tokens}; "
                 "accumulate_gradients runs such groups in parts"
             )
+    bundles = [([index], size) for index, size in enumerate(sizes)]
+    if min_shared_head is not None:
+        bundles = _bundles(groups, sizes, max_tokens, min_shared_head)
     streams: list[list[int]] = []
     space: list[int] = []
-    for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
-        fitting = [stream for stream in range(len(streams)) if space[stream] >= sizes[index]]
+    for members, size in sorted(bundles, key=lambda bundle: (-bundle[1], bundle[0])):
+        fitting = [stream for stream in range(len(streams)) if space[stream] >= size]
         if fitting:
             stream = min(fitting, key=space.__getitem__)
         else:
             stream = len(streams)
             streams.append([])
             space.append(max_tokens)
-        streams[stream].append(index)
-        space[stream] -= sizes[index]
+        streams[stream].extend(members)
+        space[stream] -= size
     return [sorted(stream) for stream in streams]
 
 
-def plan_passes(groups: Sequence[Group], max_tokens: int) -> Passes:
-    """Streams for the groups that fit, and parts for those that do not.
+def _bundles(
+    groups: Sequence[Group], sizes: Sequence[int], max_tokens: int, min_shared_head: int
+) -> list[tuple[list[int], int]]:
+    """Neighbours in sorted order that all have a long enough head in common, and how many tokens they take at most."""
+    bundles: list[tuple[list[int], int]] = []
+    members: list[int] = []
+    total = head = 0
+    for index in sorted(range(len(groups)), key=lambda i: list(groups[i][0])):
+        prompt = groups[index][0]
+        common = min(head, num_common(groups[members[0]][0], prompt)) if members else 0
+        if members and common >= min_shared_head and total + sizes[index] - len(members) * common <= max_tokens:
+            members.append(index)
+            total, head = total + sizes[index], common
+        else:
+            if members:
+                bundles.append((members, total - (len(members) - 1) * head))
+            members, total, head = [index], sizes[index], len(prompt)
+    return [*bundles, (members, total - (len(members) - 1) * head)] if members else bundles
+
+
+def plan_passes(groups: Sequence[Group], max_tokens: int, *, min_shared_head: int | None = None) -> Passes:
+    """Streams for the groups that fit (as `pack` fills them), and parts for those that do not.
 
     A part holds completions only, but its prompt's keys and activations are in memory meanwhile, so prompt and part
     together stay within max_tokens.
     """
     fit = [index for index, group in enumerate(groups) if num_stream_tokens(group) <= max_tokens]
-    streams = pack([groups[index] for index in fit], max_tokens)
+    streams = pack([groups[index] for index in fit], max_tokens, min_shared_head=min_shared_head)
     splits = []
     for index, (prompt, completions) in enumerate(groups):
         if num_stream_tokens(groups[index]) <= max_tokens:

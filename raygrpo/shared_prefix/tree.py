@@ -43,7 +43,7 @@ def prompt_tree(prompts: Sequence[list[int]], min_shared_head: int | None) -> tu
         run, start, parent = pending.pop()
         if not run:
             continue
-        head = _num_common(prompts[run[0]], prompts[run[-1]])
+        head = num_common(prompts[run[0]], prompts[run[-1]])
         if len(run) == 1 or head - start >= min_shared_head:
             parent, start = add(prompts[run[0]][start:head], parent), head
         ended = [index for index in run if len(prompts[index]) == head]
@@ -108,6 +108,6 @@ def level_order(nodes: Sequence[Segment]) -> list[list[int]]:
     return levels
 
 
-def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
+def num_common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
