@@ -21,15 +21,15 @@ def compute_advantages(
 
     rewards: [R], or [R, K] for K reward functions, whose values are multiplied by reward_weights [K] (1 where None)
     and added: before anything else, or after each has been given advantages of its own (per_reward: GDPO,
-    arXiv:2601.05242, equation 4). group_index: [R], equal for completions of one prompt. num_tokens: [R], loss
-    tokens; needed for whiten "tokens" only.
+    arXiv:2601.05242). group_index: [R], equal for completions of one prompt. num_tokens: [R], loss tokens, needed
+    for whiten "tokens" only.
 
     baseline, scale:
-      group, group           (r - mean) / (std + eps) within the group     GRPO, arXiv:2402.03300, section 4.1.2
-      group, none            r - mean                                      Dr. GRPO, arXiv:2503.20783
-      group, batch           (r - group mean) / (std of the step's r + eps)   arXiv:2508.08221
-      leave_one_out, none    r - mean of the group's others                RLOO, arXiv:2402.14740
-      none, none             r, to be whitened                             REINFORCE++, arXiv:2501.03262
+      group, group           (r - mean) / (std + eps) within the group         GRPO, arXiv:2402.03300, section 4.1.2
+      group, none            r - mean                                          Dr. GRPO, arXiv:2503.20783
+      group, batch           (r - group mean) / (std of the step's r + eps)    Lite PPO, arXiv:2508.08221
+      leave_one_out, none    r - mean of the group's others                    RLOO, arXiv:2402.14740
+      none, none             r, to be whitened                                 REINFORCE++, arXiv:2501.03262
     whiten: then (a - mean) / (std + eps) over the step. Standard deviations are unbiased.
 
     With a baseline, a group of one and a group of equal rewards give exactly 0. A rollout with a reward that is NaN

@@ -26,11 +26,12 @@ def correction_weights(
     """The weight of each token's loss, [S], and the ratio before its bounds were applied, [S]; no gradient.
 
     old_logprobs, behaviour_logprobs, rollout_index: [S], tokens that count only. By settings.correction:
-      token, truncate      min(ratio, cap)                   truncated importance sampling (Yao et al. 2025,
-      "off-policy RL") token, mask          ratio inside [floor, cap], else 0  IcePop (Ling team, arXiv:2510.18855)
-      sequence, ...        the same for the ratio of the whole completion (Liu et al. 2025, "When speed kills
-      stability") sequence_mean, ...   the same for the geometric mean of its tokens' ratios
-      none                 1
+      level token      the ratio old / behaviour of the token
+      sequence         of its whole completion (Liu et al. 2025, "When Speed Kills Stability")
+      sequence_mean    the geometric mean over its completion
+      none             weight 1
+      action truncate  moved into [floor, cap] (truncated importance sampling, Ionides 2008; Yao et al. 2025)
+      mask             0 outside [floor, cap] (for tokens IcePop, arXiv:2510.18855)
     A log ratio beyond +-20 counts as +-20.
     """
     config = settings.correction

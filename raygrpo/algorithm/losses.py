@@ -1,5 +1,4 @@
-"""The policy loss: surrogate, importance weight, KL penalty, entropy bonus, and one denominator for the whole
-update."""
+"""The policy loss: surrogate, importance weight, KL penalty, entropy bonus, one denominator for the whole update."""
 
 from __future__ import annotations
 
@@ -55,12 +54,12 @@ def policy_loss(
     None: this batch is all of it. kl_coef: the steered coefficient; None: settings.kl.coef.
 
     Per token, with ratio r of policy to old policy (by settings.ratio), advantage A and importance weight w:
-      ppo_clip  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)   PPO, arXiv:1707.06347, equation 7; DAPO's
-      separate bounds, GSPO
-                at least -dual_clip |A| ... for A < 0               dual clip, arXiv:1912.09729, equation 5
-      cispo     -stop_gradient(clip(r)) A logprob                   arXiv:2506.13585, equations 4 and 5
-      sapo      -4 / tau sigmoid(tau (r - 1)) A                     arXiv:2511.20347, equations 5 and 6
-      loss = w * that + kl.coef * KL estimate - entropy_coef * entropy, aggregated by settings.aggregation.
+      ppo_clip  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)    arXiv:1707.06347 (PPO), equation 7;
+                arXiv:2503.14476 (DAPO) has two bounds, arXiv:2507.18071 (GSPO) the ratio sequence_mean
+                and at most -dual_clip A where A < 0                 arXiv:1912.09729, equation 5
+      cispo     -stop_gradient(clip(r, ...)) A logprob               arXiv:2506.13585, equations 4 and 5
+      sapo      -(4 / tau) sigmoid(tau (r - 1)) A                    arXiv:2511.20347, equations 5 and 6
+      loss      w * (the above) + kl.coef * KL estimate - entropy_coef * entropy, summed as settings.aggregation says
     Arithmetic is float32 at least; a log ratio beyond +-20 counts as +-20, without gradient.
     """
     counted = loss_mask.bool()

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 def zero_spread(rewards: Sequence[float]) -> bool:
     """Whether all finite rewards of a group are the same, so that every advantage relative to the group is 0.
 
-    rewards: [G], total reward of each completion; NaN or infinite: the rollout failed and does not count. A group
-    of which fewer than two rollouts count has no spread.
+    rewards: [G], total reward of each completion, before penalties for length or KL; NaN or infinite: the rollout
+    failed and does not count. A group of which fewer than two rollouts count has no spread.
     """
     finite = [reward for reward in rewards if math.isfinite(reward)]
     return not finite or max(finite) == min(finite)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raygrpo.algorithm import Totals, batch_totals, combine_metrics, finish_metrics, policy_loss
+from raygrpo.algorithm import (
+    Totals,
+    batch_totals,
+    combine_metrics,
+    compute_advantages,
+    finish_metrics,
+    policy_loss,
+)
 from raygrpo.config import AlgorithmConfig
 from raygrpo.presets import PRESETS
 from tests.algorithm.batches import Batch, random_batch
@@ -136,3 +143,32 @@ def test_effective_sample_size_and_shares() -> None:
     assert finished["sampling/effective_sample_size"] == pytest.approx(5**2 / (4 * (1 + 9 + 0.5)))
     assert finished["sampling/logprob_diff_max"] == pytest.approx(torch.tensor(3.0).log().item())
     assert "sampling/is_ratio_square_mean" not in finished
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("algorithm", VARIANTS, ids=NAMES)
+def test_device(algorithm: AlgorithmConfig) -> None:
+    batch = random_batch(1)
+    loss, gradients, metrics = whole(batch, algorithm)
+    rewards = batch.advantages[:, None]
+    expected = compute_advantages(rewards, batch.group_index, algorithm, num_tokens=batch.lengths)
+    for name, value in vars(batch).items():
+        setattr(batch, name, value.detach().cuda().requires_grad_(value.requires_grad))
+    advantages = compute_advantages(batch.advantages[:, None], batch.group_index, algorithm, num_tokens=batch.lengths)
+    torch.testing.assert_close(advantages.cpu(), expected, rtol=1e-12, atol=1e-13)
+    cuda_loss, cuda_metrics = policy_loss(
+        batch.logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.loss_mask,
+        batch.rollout_index,
+        algorithm,
+        behaviour_logprobs=batch.behaviour_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        entropy=batch.entropy,
+    )
+    torch.testing.assert_close(cuda_loss.cpu(), loss, rtol=1e-12, atol=1e-13)
+    computed = torch.autograd.grad(cuda_loss, [batch.logprobs, batch.entropy], materialize_grads=True)
+    torch.testing.assert_close(tuple(g.cpu() for g in computed), gradients, rtol=1e-11, atol=1e-13)
+    assert finish_metrics(cuda_metrics) == pytest.approx(metrics, rel=1e-9, abs=1e-12)
