@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -221,6 +222,9 @@ class LearnerConfig(Section):
         for key, setting in DEEPSPEED_KEYS_SET_ELSEWHERE.items():
             if key in self.deepspeed:
                 raise ValueError(f"learner.deepspeed.{key} follows from {setting}: set that instead")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"learner.deepspeed.zero_optimization holds options, e.g. {{stage: 3}}; got {zero!r}")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(
                 f"learner.deepspeed.zero_optimization.stage is {self.zero_stage}: 1, 2 and 3 train identically; stage 0 of "
@@ -320,9 +324,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _parse_yaml(path.read_text())
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the configuration {path}: it is no text ({error})") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -341,12 +347,25 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ValueError(f"{path}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML takes 1e-5 for a text, which options that are passed through would keep."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def _set_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"an override is key=value, for example seed=1 or learner.optimizer.lr=1e-5; got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the value in {override!r} is not valid YAML: {error}") from None
     key = "algorithm.preset" if key == "algorithm" and isinstance(value, str) else key
