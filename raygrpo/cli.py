@@ -35,6 +35,9 @@ OverridesArgument = Annotated[
 def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this name, from its newest checkpoint.")
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Also show what the worker processes print.")] = False,
 ) -> None:
     """Train a policy as CONFIG says, to the end.
@@ -54,7 +57,7 @@ def train(
     prepared = _or_exit(lambda: prepare(settings, config.parent))
     try:
         with show_progress(settings, Console(stderr=True)) as watcher:
-            result = run(prepared, watcher, verbose=verbose)
+            result = run(prepared, watcher, resume=resume, verbose=verbose)
     except RuntimeError as error:
         _fail(f"training failed: {error}")
     except KeyboardInterrupt:

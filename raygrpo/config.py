@@ -196,6 +196,8 @@ class LearnerConfig(Section):
     entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""
     attention: str = "auto"
     """Backend of the shared-prefix attention; auto: the best that the device supports."""
+    max_restarts: NonNegativeInt = 3
+    """How often the learners, as a gang, start again from the last checkpoint after one of them died."""
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each learner."""
     num_gpus: NonNegativeFloat = 0.0
@@ -231,6 +233,13 @@ class LearnerConfig(Section):
                 "DeepSpeed 0.19.8 reports no gradient norm in float32 and drifts in bfloat16"
             )
         return self
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 50
+    """Steps between checkpoints: the most that a failure can lose. Also the length of a segment, one execution of the stream."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that stay on disk."""
 
 
 class TrackingConfig(Section):
@@ -273,6 +282,7 @@ class RunConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property

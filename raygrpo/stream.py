@@ -105,8 +105,9 @@ def table_to_scored_groups(table: pa.Table) -> list[ScoredGroup]:
 class RolloutStage:
     """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the group."""
 
-    def __init__(self, controller: ActorHandle):
+    def __init__(self, controller: ActorHandle, stream: int):
         self._controller = controller
+        self._stream = stream
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return groups_to_table([self.roll_out(row, replacement=0) for row in rows["row"].to_pylist()])
@@ -114,7 +115,7 @@ class RolloutStage:
     def roll_out(self, row: int, *, replacement: int) -> RolloutGroup:
         """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and seeds."""
         while True:
-            claim: Claim = ray.get(self._controller.claim.remote(row, replacement))
+            claim: Claim = ray.get(self._controller.claim.remote(self._stream, row, replacement))
             if claim.generator is None:
                 return _failed_group(claim, claim.error)
             failure = None
@@ -125,7 +126,7 @@ class RolloutStage:
                 group = _failed_group(claim, str(error))
             except (ray.exceptions.RayError, TimeoutError) as error:
                 failure = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
-            self._controller.release.remote(claim.ticket, claim.generator_name, failure)
+            self._controller.release.remote(self._stream, claim.ticket, claim.generator_name, failure)
             if failure is None:
                 return replace(group, replacement=replacement)
 
@@ -159,8 +160,10 @@ class DynamicSamplingStage:
     next prompt, up to `max_replacements` times, and then emits what it has. Which prompt is next depends on the ticket alone, so the
     stream stays in order and reproducible."""
 
-    def __init__(self, controller: ActorHandle, config: RewardConfig, import_paths: list[str], max_replacements: int):
-        self._rollouts = RolloutStage(controller)
+    def __init__(
+        self, controller: ActorHandle, stream: int, config: RewardConfig, import_paths: list[str], max_replacements: int
+    ):
+        self._rollouts = RolloutStage(controller, stream)
         self._scorer = Scorer(config, import_paths)
         self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
         self._max_replacements = max_replacements
@@ -179,6 +182,7 @@ class DynamicSamplingStage:
 
 
 def segment_dataset(
+    name: str,
     num_tickets: int,
     controller: ActorHandle,
     reward: RewardConfig,
@@ -187,7 +191,8 @@ def segment_dataset(
     groups_in_flight: int,
     max_replacements: int,
 ) -> ray.data.Dataset:
-    """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order.
+    """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order. Builds a stream of its own each time it is
+    called, so that what is left of an earlier attempt is fenced.
 
     groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout stage waits for as
     many at once. max_replacements: algorithm.dynamic_sampling.
@@ -207,10 +212,11 @@ def segment_dataset(
         ),
     }
     tickets = ray.data.from_arrow([pa.table({"row": [row]}) for row in range(num_tickets)])
+    stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
-        arguments = (controller, reward, import_paths, max_replacements)
+        arguments = (controller, stream, reward, import_paths, max_replacements)
         return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
-    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller,), **waiting).map_batches(
+    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream), **waiting).map_batches(
         RewardStage,
         fn_constructor_args=(reward, import_paths),
         batch_size=None,
@@ -238,7 +244,8 @@ def configure_ray_data() -> None:
 
 
 def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:
-    """`next`-like function over a learner's share of a segment, one scored group a call, nothing fetched ahead of need."""
+    """A learner's share of a segment: each call gives its next scored group, nothing is fetched ahead of need, and the call after the last
+    raises StopIteration, which ends the execution."""
     batches = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     pending: list[ScoredGroup] = []
 

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5  # between looks at the run's progress
+CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
 
 
@@ -55,13 +56,16 @@ class RunResult:
     links: Links  # where MLflow shows it
 
 
-def train(prepared: PreparedRun, watcher: Watcher, *, verbose: bool = False) -> RunResult:
-    """Train to the end and return what came of it. verbose: also show what the worker processes print.
+def train(prepared: PreparedRun, watcher: Watcher, *, resume: bool = False, verbose: bool = False) -> RunResult:
+    """Train to the end and return what came of it.
+
+    resume: go on with the newest run of this name, from its newest checkpoint, instead of beginning one. verbose: also show what the
+    worker processes print.
 
     Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
     """
     config = prepared.config
-    run_dir = new_run_directory(config)
+    run_dir = latest_run_directory(config) if resume else new_run_directory(config)
     with connect_to_ray(config, verbose=verbose):
         import ray
 
@@ -98,6 +102,14 @@ def new_run_directory(config: RunConfig) -> Path:
     latest.unlink(missing_ok=True)
     latest.symlink_to(run_dir.name)
     return run_dir
+
+
+def latest_run_directory(config: RunConfig) -> Path:
+    """The directory of the newest run of this name. Raises ValueError without one."""
+    latest = Path(config.output_dir).expanduser().absolute() / f"{config.name}-latest"
+    if not latest.exists():
+        raise ValueError(f"there is no run to resume: {latest} does not exist; train without --resume to begin one")
+    return latest.resolve()
 
 
 @contextmanager
@@ -197,7 +209,7 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from raygrpo.roles.learner import LearnerSetup, run_learner
+    from raygrpo.roles.learner import SEGMENT, TAIL, LearnerSetup, run_learner
     from raygrpo.stream import configure_ray_data, data_config, segment_dataset
 
     config = prepared.config
@@ -205,15 +217,29 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     learner = config.learner
     resources = {"CPU": learner.num_cpus} | ({"GPU": learner.num_gpus} if learner.num_gpus else {})
-    segment = segment_dataset(
-        config.num_steps * config.groups_per_step,
-        controller,
-        config.reward,
-        prepared.import_paths,
-        groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
-        max_replacements=config.algorithm.dynamic_sampling,
+
+    def dataset(name: str, num_steps: int) -> Callable[[], ray.data.Dataset]:
+        """Ray Train calls it at every start of the gang."""
+        return lambda: segment_dataset(
+            name,
+            num_steps * config.groups_per_step,
+            controller,
+            config.reward,
+            prepared.import_paths,
+            groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
+            max_replacements=config.algorithm.dynamic_sampling,
+        )
+
+    whole, rest = divmod(config.num_steps, config.checkpoint.every)
+    lengths = ({SEGMENT: config.checkpoint.every} if whole else {}) | ({TAIL: rest} if rest else {})
+    setup = LearnerSetup(
+        config=config,
+        controller=controller,
+        tracker=tracker,
+        prompts_digest=prepared.prompts.digest,
+        checkpoint_dir=str(run_dir / CHECKPOINT_DIR),
+        export_dir=str(run_dir / EXPORT_DIR),
     )
-    setup = LearnerSetup(config=config, controller=controller, tracker=tracker, export_dir=str(run_dir / EXPORT_DIR))
     trainer = TorchTrainer(
         run_learner,
         train_loop_config=setup,  # type: ignore[arg-type]
@@ -221,8 +247,12 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
             num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo", timeout_s=7200),
-        run_config=ray.train.RunConfig(name="learners", storage_path=str(run_dir)),
-        datasets={"segment": segment},
+        run_config=ray.train.RunConfig(
+            name=f"learners-{datetime.now():%Y%m%d-%H%M%S}",
+            storage_path=str(run_dir / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=learner.max_restarts),
+        ),
+        datasets={name: dataset(name, length) for name, length in lengths.items()},
         dataset_config=data_config(),
     )
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from raygrpo.config import LearnerConfig, OptimizerConfig
 
+CHECKPOINT_TAG = "deepspeed"
 GATHER_BYTES = 256 * 2**20  # of parameters that ZeRO-3 puts together at a time when weights are read
 
 
@@ -95,6 +97,16 @@ class DeepSpeedEngine:
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm of update {update} is {norm}")
         return norm, rate
+
+    def save(self, directory: str | Path) -> None:
+        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are given."""
+        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, directory: str | Path) -> None:
+        """Read back what `save` wrote with as many ranks and the same ZeRO stage. The files are pickles: verify their digests before."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed did not find its checkpoint in {directory}")
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,9 @@ where `version` is the latest published version; the learner that trains step s 
 version v_g >= the version at admission >= step(t) - max_staleness, and tickets are trained in their order, so the staleness
 step(t) - v_g is at most max_staleness. 0 is on-policy by the same rule.
 
+Streams and attempts. Each time the gang of learners starts, it is a new attempt, with streams of its own (stream.py registers them). A claim
+from any stream but the one whose segment is running is fenced: it gets no prompt, and its row goes nowhere.
+
 Publish order: every healthy generator has acknowledged version v before the gate moves to v. The other order lets a generator serve an
 admitted ticket with weights that are one version too old.
 """
@@ -46,7 +49,7 @@ class Claim:
     prompt: Prompt
     seeds: list[int]  # one for each completion
     min_version: int
-    generator: ActorHandle | None  # None: given up, `error` says why
+    generator: ActorHandle | None  # None: given up, or fenced; `error` says why
     generator_name: str = ""
     error: str = ""
 
@@ -88,6 +91,10 @@ class RolloutController:
         self._group_size = group_size
         self._max_staleness = max_staleness
         self._version = -1  # nothing published: the gate is shut
+        self._attempt = 0
+        self._streams: dict[str, int] = {}  # name of a dataset -> its newest stream
+        self._num_streams = 0
+        self._active_stream = -1
         self._first_ticket = 0  # of the current segment
         self._weights: list[ray.ObjectRef] = []  # of self._version; a restarted generator loads them
         self._healthy = set(generators)
@@ -98,16 +105,37 @@ class RolloutController:
         self._changed = asyncio.Condition()
         self._revivals: set[asyncio.Task] = set()
 
-    async def begin_segment(self, first_ticket: int) -> None:
-        """Row r of the coming Ray Data execution is ticket first_ticket + r."""
-        self._first_ticket = first_ticket
-        self._failures.clear()
+    async def new_stream(self, name: str) -> int:
+        """Register a dataset that was built under this name; its claims carry the number that this returns."""
+        self._num_streams += 1
+        self._streams[name] = self._num_streams
+        return self._num_streams
 
-    async def claim(self, row: int, replacement: int = 0) -> Claim:
+    async def begin_attempt(self, at_least: int) -> int:
+        """The gang has started (again), and will publish before it trains: shut the gate. Returns the attempt's number."""
+        self._attempt = max(self._attempt + 1, at_least)
+        async with self._changed:
+            self._version = -1
+            self._active_stream = -1
+            self._outstanding = dict.fromkeys(self._generators, 0)
+            self._changed.notify_all()
+        return self._attempt
+
+    async def begin_segment(self, name: str, first_ticket: int) -> None:
+        """Row r of the coming execution of the dataset `name` is ticket first_ticket + r."""
+        async with self._changed:
+            self._active_stream = self._streams[name]
+            self._first_ticket = first_ticket
+            self._failures.clear()
+            self._changed.notify_all()
+
+    async def claim(self, stream: int, row: int, replacement: int = 0) -> Claim:
         """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
 
         replacement k > 0: the ticket's k-th other prompt (dynamic sampling).
         """
+        if stream != self._active_stream:
+            return _fenced(row)
         ticket = self._first_ticket + row
         step = ticket // self._groups_per_step
         prompt = self._prompts.at(ticket, self._seed, attempt=replacement)
@@ -118,7 +146,11 @@ class RolloutController:
             error = f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures)
             return Claim(ticket=ticket, prompt=prompt, seeds=seeds, min_version=min_version, generator=None, error=error)
         async with self._changed:
-            await self._changed.wait_for(lambda: self._admits(ticket) and self._healthy)
+            await self._changed.wait_for(
+                lambda: stream != self._active_stream or (self._admits(ticket) and self._healthy)
+            )
+            if stream != self._active_stream:
+                return _fenced(row)
             name = min(sorted(self._healthy), key=self._outstanding.__getitem__)
             self._outstanding[name] += 1
         return Claim(
@@ -133,8 +165,10 @@ class RolloutController:
     def _admits(self, ticket: int) -> bool:
         return ticket < (self._version + self._max_staleness + 1) * self._groups_per_step
 
-    async def release(self, ticket: int, generator_name: str, generator_error: str | None) -> None:
+    async def release(self, stream: int, ticket: int, generator_name: str, generator_error: str | None) -> None:
         """A claimed ticket came back from its generator: with a group (no error), or because the generator failed."""
+        if stream != self._active_stream:
+            return
         self._outstanding[generator_name] -= 1
         if generator_error is None:
             return
@@ -177,7 +211,7 @@ class RolloutController:
         )
 
     async def _load(self, name: str, version: int) -> WeightsAck:
-        reply = self._generators[name].load_weights.remote(version, self._weights)
+        reply = self._generators[name].load_weights.remote(version, self._weights, attempt=self._attempt)
         return await asyncio.wait_for(reply, LOAD_DEADLINE_S)
 
     def _quarantine(self, name: str) -> None:
@@ -192,14 +226,17 @@ class RolloutController:
 
     async def _revive(self, name: str) -> None:
         while True:
-            version = self._version
+            attempt, version = self._attempt, self._version
+            if version < 0:  # an attempt begins: its first publish is for healthy generators, we load it after
+                await asyncio.sleep(0.1)
+                continue
             try:
                 await self._load(name, version)
             except Exception as error:
                 logger.warning("%s is not back yet: %s", name, _last_line(error))
                 await asyncio.sleep(1.0)
                 continue
-            if version == self._version:  # else: a publish came between; load that one too
+            if (attempt, version) == (self._attempt, self._version):  # else: a publish came between; load that one too
                 break
         async with self._changed:
             self._healthy.add(name)
@@ -209,9 +246,19 @@ class RolloutController:
     async def status(self, first_warning: int = 0) -> ControllerStatus:
         return ControllerStatus(version=self._version, warnings=self._warnings[first_warning:])
 
+    async def warn(self, text: str) -> None:
+        """Tell the person who watches the run."""
+        self._warn(text)
+
     def _warn(self, text: str) -> None:
         logger.warning(text)
         self._warnings.append(text)
+
+
+def _fenced(row: int) -> Claim:
+    prompt = Prompt(prompt_id=-1, prompt_ids=[], text="")
+    error = f"row {row} belongs to a stream that has ended"
+    return Claim(ticket=-1, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
 
 
 def _last_line(error: BaseException) -> str:

@@ -8,7 +8,8 @@ weights change only between groups: when new weights arrive, running groups are 
 group is begun, and groups that wait are begun under the new ones. This costs little: the tickets in flight at a publish
 are those that the learner needs next in any case.
 
-Version 0 is the model on disk. A generator that dies is restarted by Ray (`max_restarts`), at version 0 again: whoever
+Version 0 is the model on disk. A version belongs to an attempt of the learner gang: after a restart from a checkpoint the gang counts
+from that checkpoint's version again, and what it publishes replaces anything that an earlier attempt published. A generator that dies is restarted by Ray (`max_restarts`), at version 0 again: whoever
 watches it (the controller) loads the current version before it is given work. `generate` never serves a version below
 `min_version`; it waits.
 
@@ -78,6 +79,7 @@ class _Group:
 
 @dataclass(slots=True, kw_only=True)
 class _Update:
+    attempt: int
     version: int
     packed: PackedWeights
     result: Future[WeightsAck] = field(default_factory=Future)
@@ -139,19 +141,24 @@ class Generator:
             self._worker.inbox.put(_Abort(group=group))
             raise
 
-    async def load_weights(self, version: int, weights: PackedWeights | list[Any]) -> WeightsAck:
+    async def load_weights(
+        self, version: int, weights: PackedWeights | list[Any], *, attempt: int = 0
+    ) -> WeightsAck:
         """Serve `version` from now on: returns when running groups are finished and the weights are loaded.
 
         weights: the packed weights, or a list with one Ray reference to them; not looked at when the generator has the
         version already. Raises ValueError for an older version, damaged weights or foreign tensors: the generator then
         goes on as it was.
         """
-        if version == self._worker.version:
+        served = (self._worker.attempt, self._worker.version)
+        if (attempt, version) == served:
             return WeightsAck(generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0)
-        if version < self._worker.version:
-            raise ValueError(f"{self.name} serves version {self._worker.version}; version {version} is older")
+        if (attempt, version) < served:
+            raise ValueError(
+                f"{self.name} serves version {served[1]} of attempt {served[0]}; version {version} of {attempt} is older"
+            )
         packed = await weights[0] if isinstance(weights, list) else weights
-        ack = await self._worker.ask(_Update(version=version, packed=packed))
+        ack = await self._worker.ask(_Update(attempt=attempt, version=version, packed=packed))
         self._version_changed.set()
         self._version_changed = asyncio.Event()
         return ack
@@ -186,6 +193,7 @@ class EngineThread:
     def __init__(self, name: str, max_groups: int):
         self.inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self.version = 0
+        self.attempt = 0
         self._name = name
         self._max_groups = max_groups
         self._running: dict[str, _Group] = {}
@@ -297,13 +305,13 @@ class EngineThread:
     def _load(self, update: _Update) -> None:
         start = time.perf_counter()
         try:
-            if update.version <= self.version:
+            if (update.attempt, update.version) <= (self.attempt, self.version):
                 raise ValueError(f"{self._name} serves version {self.version} already, not {update.version}")
             self._engine.load_weights(unpack(update.packed))
         except ValueError as error:
             update.result.set_exception(error)
             return
-        self.version = update.version
+        self.attempt, self.version = update.attempt, update.version
         load_s = time.perf_counter() - start
         self._busy_s += load_s
         update.result.set_result(

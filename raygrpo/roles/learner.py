@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raygrpo.checkpoint import CheckpointStore, RunState
 from raygrpo.config import RunConfig
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval, stage_seconds
@@ -34,6 +35,16 @@ if TYPE_CHECKING:
     from raygrpo.shared_prefix.cost import ModelShape
 
 
+SEGMENT, TAIL = "segment", "tail"  # datasets: of checkpoint.every steps, and of those that are left at the end
+RESUME_NEEDS = {
+    "num_learners": "learner.num_workers",
+    "zero_stage": "learner.deepspeed.zero_optimization.stage",
+    "groups_per_step": "groups_per_step",
+    "seed": "seed",
+    "prompts_digest": "a dataset with digest",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSetup:
     """What a worker of the gang is given."""
@@ -41,7 +52,17 @@ class LearnerSetup:
     config: RunConfig
     controller: ActorHandle
     tracker: ActorHandle
+    prompts_digest: str
+    checkpoint_dir: str
     export_dir: str
+
+
+def segments(config: RunConfig, first_step: int) -> Iterator[tuple[str, int, int]]:
+    """(name of the dataset, first step, end step) of each segment from first_step on: whole ones, then what is left."""
+    every = config.checkpoint.every
+    for start in range(first_step, config.num_steps, every):
+        end = min(start + every, config.num_steps)
+        yield (SEGMENT if end - start == every else TAIL), start, end
 
 
 def run_learner(setup: LearnerSetup) -> None:
@@ -50,9 +71,10 @@ def run_learner(setup: LearnerSetup) -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
     learner = Learner(setup)
-    shard = ray.train.get_dataset_shard("segment")
-    learner.publish(0)
-    learner.train_segment(0, setup.config.num_steps, iterate_groups(shard))
+    first_step = learner.begin()
+    for name, start, end in segments(setup.config, first_step):
+        learner.train_segment(name, start, end, iterate_groups(ray.train.get_dataset_shard(name)))
+        learner.save(end)
     learner.finish()
 
 
@@ -66,14 +88,82 @@ class Learner:
         self._controller = setup.controller
         self._tracker = setup.tracker
         self._export_dir = setup.export_dir
+        self._prompts_digest = setup.prompts_digest
+        self._checkpoints = CheckpointStore(setup.checkpoint_dir, setup.config.checkpoint.keep)
+        self._attempt = 0
+        self._failed_checkpoints = 0
         self._rank = dist.get_rank()
         self._policy, self._engine, self._updater, self._shape = build_policy(setup.config)
         self._publishing: ray.ObjectRef | None = None
         self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
         self._step_start_s = time.time()
 
-    def train_segment(self, first_step: int, end_step: int, next_group: Callable[[], ScoredGroup]) -> None:
+    def begin(self) -> int:
+        """Take up the run where its newest checkpoint left it; returns the first step to train. All ranks call it."""
+        import ray
+
+        newest = self._checkpoints.newest() if self._rank == 0 else None
+        newest = _gather(newest)[0]
+        first_step = 0
+        if newest is not None:
+            self._check_resumable(newest.state)
+            self._engine.load(newest.directory)
+            self._updater.kl_coef = newest.state.kl_coef
+            first_step = newest.state.step
+            every = self._config.checkpoint.every
+            if first_step % every and first_step < self._config.num_steps:
+                raise RuntimeError(
+                    f"the checkpoint of step {first_step} is not at a multiple of checkpoint.every ({every}), where segments "
+                    "begin: set checkpoint.every to a divisor of it"
+                )
+        if self._rank == 0:
+            at_least = newest.state.attempt + 1 if newest is not None else 0
+            self._attempt = ray.get(self._controller.begin_attempt.remote(at_least))
+        self.publish(first_step)
+        return first_step
+
+    def _check_resumable(self, state: RunState) -> None:
+        """Refuse what would silently train something else."""
+        now = self._state(state.step)
+        for key, what in RESUME_NEEDS.items():
+            before, after = getattr(state, key), getattr(now, key)
+            if before != after:
+                raise RuntimeError(f"the checkpoint of step {state.step} has {what} {before}, and this run has {after}")
+
+    def _state(self, step: int) -> RunState:
+        return RunState(
+            step=step,
+            attempt=self._attempt,
+            num_learners=self._config.learner.num_workers,
+            zero_stage=self._config.learner.zero_stage,
+            kl_coef=self._updater.kl_coef,
+            prompts_digest=self._prompts_digest,
+            groups_per_step=self._config.groups_per_step,
+            seed=self._config.seed,
+        )
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step` steps; all ranks call it. A disk that is full costs the checkpoint, not the run."""
+        if self._rank == 0:
+            self._report()
+        directory = self._checkpoints.root / f"step-{step:06d}.partial"
+        failure = _attempt_io(lambda: self._checkpoints.begin(step)) if self._rank == 0 else None
+        failure = failure or _first(_gather(failure))
+        if failure is None:
+            failure = _first(_gather(_attempt_io(lambda: self._engine.save(directory))))
+        if failure is None and self._rank == 0:
+            failure = _attempt_io(lambda: self._checkpoints.commit(self._state(step)))
+        if failure is not None and self._rank == 0:
+            self._checkpoints.abandon(step)
+            self._failed_checkpoints += 1
+            self._controller.warn.remote(f"the checkpoint of step {step} was not written: {failure}")
+
+    def train_segment(self, name: str, first_step: int, end_step: int, next_group: Callable[[], ScoredGroup]) -> None:
         """Steps first_step .. end_step - 1, from this rank's share of the stream."""
+        if self._rank == 0:
+            import ray
+
+            ray.get(self._controller.begin_segment.remote(name, first_step * self._config.groups_per_step))
         for step in range(first_step, end_step):
             # On-policy, the next group cannot come before the acks; else generating goes on while they come.
             if self._config.max_staleness == 0:
@@ -96,6 +186,11 @@ class Learner:
             self.publish(step + 1)
             self._unreported = (step, metrics | _combine_facts([f for f, _ in facts]), _merge([t for _, t in facts]))
         self._report()
+        try:
+            next_group()
+        except StopIteration:
+            return
+        raise AssertionError("the stream holds more groups than the segment's steps")
 
     def _collect(self, step: int, next_group: Callable[[], ScoredGroup]) -> list[ScoredGroup]:
         """This rank's share of the step, in ticket order; groups that failed to be generated are counted by _facts and left out later."""
@@ -139,6 +234,8 @@ class Learner:
                 metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
                 metrics["faults/generator_failures"] = float(report.generator_failures)
+                metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
+                metrics["faults/attempt"] = float(self._attempt)
                 self._tracker.log_step.remote(step, metrics)
                 self._step_start_s = end_s
             else:
@@ -286,6 +383,19 @@ def _combine_facts(facts: list[_Facts]) -> StepMetrics:
         "faults/groups_failed": float(sum(f.groups_failed for f in facts)),
         "prompts/replaced": float(sum(f.replacements for f in facts)),
     }
+
+
+def _attempt_io(action: Callable[[], object]) -> str | None:
+    """What went wrong with writing, or None. torch.save wraps a full disk in a RuntimeError."""
+    try:
+        action()
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _first(failures: list[str | None]) -> str | None:
+    return next((failure for failure in failures if failure is not None), None)
 
 
 def _gather(value: Any) -> list[Any]:

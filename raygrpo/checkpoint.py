@@ -1,0 +1,146 @@
+"""What a run needs to go on: whole checkpoints or none.
+
+    checkpoints/
+      step-000050/          the policy after step 50: what the engine wrote, and
+        manifest.json       the size and digest of every file, and where the run stood
+      step-000100.partial/  one that is being written, or was when the run died
+
+A checkpoint is written beside the others, digested, flushed, and renamed into place: the rename is the moment at which it exists. `newest`
+verifies before it believes, so a file that was cut short or changed makes it fall back to the checkpoint before, loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import xxhash
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+READ_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Where the run stood, beside weights and optimizer."""
+
+    step: int  # steps trained: the version of the policy, and groups_per_step times that the data cursor
+    attempt: int  # of the gang that wrote it; a later attempt fences what is left of earlier ones
+    num_learners: int  # ranks among which the optimizer's state is divided
+    zero_stage: int
+    kl_coef: float
+    prompts_digest: str  # a ticket stands for the same prompt only while this holds
+    groups_per_step: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    directory: Path
+    state: RunState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Manifest:
+    state: dict
+    files: dict[str, list] = field(default_factory=dict)  # relative path -> [bytes, xxh3_128]
+    format: int = FORMAT
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one directory that all learners see."""
+
+    def __init__(self, root: str | Path, keep: int):
+        """keep: how many of the newest stay; older ones are deleted when a new one is whole."""
+        self.root = Path(root)
+        self._keep = keep
+
+    def begin(self, step: int) -> Path:
+        """An empty directory to write the checkpoint of `step` into. One process calls this, before all write."""
+        partial = self._partial(step)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(self, state: RunState) -> Checkpoint:
+        """Make what was written since `begin` a checkpoint. One process calls this, after all have written. Raises OSError."""
+        partial, final = self._partial(state.step), self._final(state.step)
+        files = {str(path.relative_to(partial)): _size_and_digest(path) for path in _files(partial)}
+        manifest = _Manifest(state=asdict(state), files=files)
+        with open(partial / MANIFEST, "w") as stream:
+            json.dump(asdict(manifest), stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at the same step
+        os.rename(partial, final)
+        _flush_directory(self.root)
+        for old in self._directories()[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return Checkpoint(directory=final, state=state)
+
+    def abandon(self, step: int) -> None:
+        """Remove what `begin` began."""
+        shutil.rmtree(self._partial(step), ignore_errors=True)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, every byte verified; None without one. Says what is wrong with those it passes over."""
+        for directory in self._directories():
+            try:
+                return _verified(directory)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logger.error("the checkpoint %s is damaged and is passed over: %s", directory, error)
+        return None
+
+    def _directories(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.root.glob("step-" + "[0-9]" * 6), reverse=True)
+
+    def _final(self, step: int) -> Path:
+        return self.root / f"step-{step:06d}"
+
+    def _partial(self, step: int) -> Path:
+        return self.root / f"step-{step:06d}.partial"
+
+
+def _verified(directory: Path) -> Checkpoint:
+    manifest = _Manifest(**json.loads((directory / MANIFEST).read_text()))
+    if manifest.format != FORMAT:
+        raise ValueError(f"it has format {manifest.format}, and this version of raygrpo reads format {FORMAT}")
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.exists():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected[0]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected[0]}")
+        if _size_and_digest(path)[1] != expected[1]:
+            raise ValueError(f"the digest of {name} does not match its bytes")
+    return Checkpoint(directory=directory, state=RunState(**manifest.state))
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _size_and_digest(path: Path) -> list:
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(READ_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+        os.fsync(stream.fileno())
+    return [size, digest.hexdigest()]
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
