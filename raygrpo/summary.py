@@ -84,7 +84,7 @@ def print_summary(
     export_dir: str | None = None,
     seconds: float | None = None,
 ) -> None:
-    """Print it. export_dir: the trained policy, where there is one. seconds: how long the run took, start-up included."""
+    """Print it. export_dir: the trained policy, if any. seconds: how long the run took, start-up included."""
     summary = summarise(history)
     title = f"{name}: {summary.num_steps} steps in {duration(summary.step_s)}"
     if seconds is not None:
@@ -155,8 +155,8 @@ def _print_costs(console: Console, summary: RunSummary) -> None:
         console.print(
             Text.assemble(
                 ("tokens  ", "bold"),
-                f"{summary.tokens_encoded:,.0f} encoded by the learners; {summary.tokens_repeated:,.0f} if every completion "
-                "had brought its own prompt ",
+                f"{summary.tokens_encoded:,.0f} encoded by the learners; {summary.tokens_repeated:,.0f} if every "
+                "completion had brought its own prompt ",
                 (f"({summary.token_ratio:.2f}x)", "bold green"),
             )
         )

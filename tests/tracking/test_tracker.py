@@ -209,6 +209,8 @@ def test_what_finish_could_not_deliver_is_delivered_later(
     assert links.undelivered > 6
     assert any(f"python -m raygrpo.tracking {tmp_path / 'run'}" in message for message in caplog.messages)
     assert sum("nobody there" in message for message in caplog.messages) == 1  # said once, not at every attempt
+    assert tracker.warnings() == caplog.messages
+    assert tracker.warnings(1) == caplog.messages[1:]
 
     links = replay(str(tmp_path / "run"))
     assert links.undelivered == 0
