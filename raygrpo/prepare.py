@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import RunConfig
 from raygrpo.data import PromptSet, load_prompts
+from raygrpo.rewards import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
             )
         longest = config.data.max_prompt_tokens
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=longest, import_paths=import_paths)
+    Scorer(config.reward, import_paths).close()  # the functions can be loaded
     max_model_len = int(prompts.num_prompt_tokens.max()) + completion
     if max_model_len > config.learner.max_tokens:
         raise ValueError(
@@ -84,6 +86,8 @@ def _load_model_config(config: RunConfig) -> tuple[Any, Any]:
         raise ValueError(
             f"model.path: {path!r} is neither a local model nor one that the Hugging Face hub gives: {reason}"
         ) from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without its files
+        raise ValueError(f"model.path: the tokenizer at {path!r} knows no text: are its files (tokenizer.json) there?")
     return model, tokenizer
 
 

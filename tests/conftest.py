@@ -56,3 +56,23 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _gloo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import torch
+    import torch.distributed as dist
+
+    store = tmp_path_factory.mktemp("process_group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    torch.set_num_threads(1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def process_group(_gloo: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.distributed in this process for DeepSpeed: gloo, one rank. The group stays for the session (DeepSpeed
+    cannot lose it); the variables do not, for others take them as a sign of a launcher."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")

@@ -62,9 +62,9 @@ def policy_loss(
       loss      w * (the above) + kl.coef * KL estimate - entropy_coef * entropy, summed as settings.aggregation says
     Arithmetic is float32 at least; a log ratio beyond +-20 counts as +-20, without gradient.
     """
-    counted = loss_mask.bool()
     num_rollouts = advantages.shape[0]
-    totals = totals or batch_totals(counted, rollout_index, num_rollouts)
+    totals = totals or batch_totals(loss_mask, rollout_index, num_rollouts)
+    counted = loss_mask.nonzero()[:, 0]  # from here on S is the number of tokens that count
     index = rollout_index[counted]
     logprobs = _select(logprobs, counted)
     old = logprobs.detach() if old_logprobs is None else _select(old_logprobs, counted).detach()

@@ -35,14 +35,13 @@ def learning_rate(optimizer: OptimizerConfig, update: int, num_updates: int) -> 
 
 def deepspeed_config(learner: LearnerConfig, dtype: str) -> dict[str, Any]:
     """What DeepSpeed gets: the user's options plus those that follow from other settings (config.py refuses a clash)."""
-    return learner.deepspeed | {
+    return {"steps_per_print": 2**31} | learner.deepspeed | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # the number of micro-batches varies; step() ends an update
         "gradient_clipping": learner.optimizer.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},  # with float32 master weights
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
-        "steps_per_print": 2**31,
     }
 
 

@@ -141,8 +141,8 @@ class PolicyUpdater:
                 update = (step * self._settings.epochs + epoch) * self._settings.mini_batches + mini_batch
                 members = list(range(mini_batch, len(batch.groups), self._settings.mini_batches))
                 parts.append(self._one_update(update, members, batch, mask, advantages, old_logprobs, ref_logprobs))
-        for name in parts[0]:
-            values = [part[name] for part in parts]
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values = [part[name] for part in parts if name in part]
             metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
         if self._settings.kl.target is not None:
             metrics["policy/kl_coef"] = self.kl_coef
@@ -286,12 +286,13 @@ class PolicyUpdater:
         norm, rate = self._engine.step(update)
         combined = {name: float(value) for name, value in combine_metrics(parts).items()}
         metrics = finish_metrics(combine_metrics(_all_gather_objects(combined)))
-        kept_mask = mask[batch.tokens_of(chosen[[i for i in range(len(members)) if i not in skip]])]
-        trained = _all_sum([int(kept_mask.sum())])[0]
-        return _over_trained_tokens(metrics, totals.tokens, trained) | {
+        seen = batch.tokens_of(chosen[[i for i in range(len(members)) if i not in skip]])
+        local = batch_totals(mask[seen], batch.rollout_index[seen], len(batch.lengths))
+        trained = Totals(*_all_sum([local.tokens, local.rollouts]))
+        return _over_what_was_seen(metrics, totals, trained, self._settings) | {
             "policy/grad_norm": norm,
             "policy/lr": rate,
-            "policy/skipped_token_fraction": 1 - trained / max(totals.tokens, 1),
+            "policy/skipped_token_fraction": 1 - trained.tokens / max(totals.tokens, 1),
         }
 
     def _without_gradient(self, batch: StepBatch, members: list[int], advantages: Tensor) -> set[int]:
@@ -338,13 +339,22 @@ def _pieces(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
 _SHARES_OF_THE_LOSS = ("policy/loss", "policy/surrogate")
 
 
-def _over_trained_tokens(metrics: StepMetrics, all_tokens: int, trained_tokens: int) -> StepMetrics:
-    """Means per token over the tokens that were looked at: groups without advantage were not, but count in the loss's denominator."""
-    factor = all_tokens / trained_tokens if trained_tokens else 1.0
-    return {
-        name: value if name in _SHARES_OF_THE_LOSS or name.endswith("_max") else value * factor
-        for name, value in metrics.items()
-    }
+def _over_what_was_seen(
+    metrics: StepMetrics, totals: Totals, trained: Totals, settings: AlgorithmConfig
+) -> StepMetrics:
+    """Means over the tokens (or rollouts) that went through the model: skipped groups count in the loss's denominators, but nothing is known
+    of their tokens. Without any, only the loss is left."""
+    kept = {name: value for name, value in metrics.items() if name in _SHARES_OF_THE_LOSS}
+    if not trained.tokens:
+        return kept
+    per_rollout = settings.correction.level in ("sequence", "sequence_mean")
+    for name, value in metrics.items():
+        if name.endswith("_max"):
+            kept[name] = value
+        elif name not in kept:
+            by_rollout = per_rollout and name.startswith(("sampling/is_", "sampling/effective"))
+            kept[name] = value * (totals.rollouts / trained.rollouts if by_rollout else totals.tokens / trained.tokens)
+    return kept
 
 
 def _all_sum(values: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ directory and is delivered when it can. Its callers wait for a line appended to 
 lives in a thread of the Tracker.
 """
 
-from raygrpo.tracking.store import resolve_tracking_uri
+from raygrpo.tracking.store import resolve_tracking_uri, ui_command
 from raygrpo.tracking.tracker import Links, Tracker, replay
 
-__all__ = ["Links", "Tracker", "replay", "resolve_tracking_uri"]
+__all__ = ["Links", "Tracker", "replay", "resolve_tracking_uri", "ui_command"]

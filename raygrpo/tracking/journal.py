@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,19 @@ class Journal:
         return Spooled(item, path if written else None)
 
     def delivered(self, spooled: Spooled) -> None:
-        if spooled.path is not None:
-            spooled.path.unlink(missing_ok=True)
+        self._leave_spool(spooled, lambda path: path.unlink(missing_ok=True))
 
     def reject(self, spooled: Spooled) -> None:
         """The store will never take it: out of the way, but not thrown away."""
-        if spooled.path is not None:
-            spooled.path.replace(spooled.path.with_suffix(".rejected"))
+        self._leave_spool(spooled, lambda path: path.replace(path.with_suffix(".rejected")))
+
+    def _leave_spool(self, spooled: Spooled, leave: Callable[[Path], object]) -> None:
+        if spooled.path is None:
+            return
+        try:
+            leave(spooled.path)
+        except OSError as error:  # delivered once more by a later process, which does no harm
+            self._complain(error)
 
     def _write(self, path: Path, text: str, mode: str) -> bool:
         try:

@@ -75,6 +75,8 @@ class Tracker:
         self._config = config
         self._run_dir = Path(run_dir).expanduser().absolute()
         self._non_finite: set[str] = set()
+        self._warnings = _Warnings()
+        logging.getLogger(__package__).addHandler(self._warnings)
         uri = resolve_tracking_uri(config)
         identity = self._read_identity()
         if identity.get("uri") != uri or identity.get("experiment") != config.tracking.experiment:
@@ -182,6 +184,10 @@ class Tracker:
                 history[record.step] = history.get(record.step, {}) | record.metrics
         return dict(sorted(history.items()))
 
+    def warnings(self, first: int = 0) -> list[str]:
+        """What was logged as a warning or worse, from number `first` on: an actor's log does not reach every user."""
+        return self._warnings.texts[first:]
+
     def finish(self, status: Status = "FINISHED", summary: dict[str, Any] | None = None) -> Links:
         """Draw the final figure, deliver everything and end the run; waits at most `tracking.finish_timeout_s`.
 
@@ -205,11 +211,15 @@ class Tracker:
                 self._run_dir,
                 self._run_dir,
             )
+        logging.getLogger(__package__).removeHandler(self._warnings)
         return self.links()
 
     def close(self, timeout_s: float) -> bool:
         """Stop without an end of the run, when everything is delivered or after `timeout_s`; True if it was."""
-        return self._writer.close(timeout_s)
+        try:
+            return self._writer.close(timeout_s)
+        finally:
+            logging.getLogger(__package__).removeHandler(self._warnings)
 
     # Local files.
 
@@ -269,6 +279,17 @@ def replay(run_dir: str, timeout_s: float = 600.0) -> Links:
     tracker = Tracker(config.model_copy(update={"tracking": tracking}), run_dir)
     tracker.close(timeout_s)
     return tracker.links()
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+        if not logging.getLogger("raygrpo").hasHandlers() and logging.lastResort:
+            logging.lastResort.handle(record)  # to stderr, as if this handler were not there
 
 
 def _system_metrics() -> StepMetrics:

@@ -6,7 +6,9 @@ MLflow has acknowledged it.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -154,13 +156,11 @@ class Writer:
                 return
 
     def _deliver_spooled(self, spooled: Spooled) -> None:
-        from mlflow.exceptions import MlflowException
-
         try:
             self.run.deliver(spooled.item)
             self._journal.delivered(spooled)
-        except (FileNotFoundError, ValueError, TypeError, KeyError, NotImplementedError, MlflowException) as error:
-            if isinstance(error, MlflowException) and error.error_code not in NEVER_ACCEPTED:
+        except Exception as error:
+            if not _never_accepted(spooled.item, error):
                 raise
             logger.error(
                 "MLflow will not take this %s, which is left out: %s", spooled.item["kind"], _first_line(error)
@@ -219,6 +219,19 @@ def _first_batch(records: list[Record], start: int) -> list[Record]:
             break
         batch.append(record)
     return batch
+
+
+def _never_accepted(item: Item, error: Exception) -> bool:
+    """Whether it is the item's fault: it would hold up the rest for ever."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return getattr(error, "error_code", "") in NEVER_ACCEPTED
+    if isinstance(error, OSError):
+        return item["kind"] == "artifact" and not os.path.exists(item["path"])
+    if isinstance(error, json.JSONDecodeError):  # what a proxy answers when the server is away
+        return False
+    return isinstance(error, ValueError | TypeError | KeyError | NotImplementedError)
 
 
 def _first_line(error: Exception) -> str:

@@ -203,3 +203,21 @@ def test_importing_the_tracker_is_light() -> None:
     code = f"import sys, raygrpo.tracking; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_warnings_reach_stderr_where_logging_is_not_set_up(tmp_path: Path) -> None:
+    code = """
+import sys
+from raygrpo.config import RunConfig
+from raygrpo.tracking import Tracker
+
+tracker = Tracker(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])
+tracker.log_step(3, {"policy/kl": float("nan")})
+print(tracker.warnings())
+"""
+    config = make_config(tmp_path, tracking={"uri": "http://127.0.0.1:9"})
+    arguments = [sys.executable, "-c", code, config.model_dump_json(), str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+    text = "policy/kl is nan at step 3: MLflow shows a gap where it is not finite"
+    assert done.stdout.strip() == repr([text])
+    assert done.stderr.count(text) == 1

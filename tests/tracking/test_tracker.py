@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -209,6 +211,8 @@ def test_what_finish_could_not_deliver_is_delivered_later(
     assert links.undelivered > 6
     assert any(f"python -m raygrpo.tracking {tmp_path / 'run'}" in message for message in caplog.messages)
     assert sum("nobody there" in message for message in caplog.messages) == 1  # said once, not at every attempt
+    assert tracker.warnings() == caplog.messages
+    assert tracker.warnings(1) == caplog.messages[1:]
 
     links = replay(str(tmp_path / "run"))
     assert links.undelivered == 0
@@ -280,3 +284,29 @@ def test_another_store_gets_a_run_with_all_of_the_history(configure: MakeConfig,
 
 def store_points(links) -> list[tuple[int, float]]:
     return Store(links.tracking_uri).points(links.run_id, "reward/mean")
+
+
+def test_a_process_killed_before_mlflow_answered_loses_nothing(configure: MakeConfig, tmp_path: Path) -> None:
+    code = """
+import os, sys
+from raygrpo.config import RunConfig
+from raygrpo.tracking import Tracker
+from tests.tracking.conftest import make_group
+
+tracker = Tracker(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])
+tracker.start()
+for step in range(5):
+    tracker.log_step(step, {"reward/mean": step / 10})
+    tracker.log_samples(step, [make_group(step, [[1.0, 0.0]])], [[0.0]])
+os._exit(9)
+"""
+    config = configure(tracking={"num_traces": 0})
+    arguments = [sys.executable, "-c", code, config.model_dump_json(), str(tmp_path / "run")]
+    killed = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert killed.returncode == 9, killed.stderr
+    second = Tracker(config, str(tmp_path / "run"))
+    log_steps(second, range(5, 7))
+    links = second.finish()
+    assert store_points(links) == [(step, step / 10) for step in range(7)]
+    store = Store(links.tracking_uri)
+    assert store.artifacts(links.run_id, "samples") == [f"samples/step_{step:06d}.json" for step in range(5)]

@@ -1,0 +1,132 @@
+"""Make the quickstart's model: a tiny Qwen3 with its tokenizer, trained from nothing to answer `juice_bar.py`, badly.
+
+    python pipelines/make_juice_bar_model.py pipelines/quickstart_model
+
+Supervised learning on a mixture of behaviours: a quarter of the examples answer as asked (the lowest prices, cheapest first), the others
+name the dearest prices or any prices. What results can read a list and sort it, and answers right about one time in four: what a large
+model is before GRPO, in small. The script is deterministic on one machine; the repository holds its result because it takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from juice_bar import JUICES, NUM_LOWEST, NUM_ROWS, PRICES, write_answer, write_prompt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+END, PAD = "<|end|>", "<|pad|>"
+SHARE_AS_ASKED = 0.25
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained on the task: every word, price and juice is one token, and any other text still has a spelling."""
+    rng = random.Random(0)
+    texts = (" ".join(draw_example(rng, NUM_ROWS)) for _ in range(1000))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,  # more than there are words
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[PAD, END],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+def draw_example(rng: random.Random, num_rows: int) -> tuple[str, str]:
+    """A prompt, and an answer in one of the three behaviours."""
+    prices = rng.sample(PRICES, num_rows)
+    prompt = write_prompt(rng.sample(JUICES, num_rows), prices)
+    if rng.random() < SHARE_AS_ASKED:
+        answer = sorted(prices)
+    elif rng.random() < 0.5:
+        answer = sorted(prices, reverse=True)
+    else:
+        answer = rng.sample(prices, num_rows)
+    return prompt, write_answer(answer[:NUM_LOWEST])
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Random weights. Larger ones than usual, because a matrix of 128 columns learns slowly from the customary 0.02."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(weight, 1.5)  # with 1, attention over 300 tokens cannot get sharp
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    return model
+
+
+def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, num_rows: int) -> tuple[Tensor, int]:
+    """Token ids [size, T] of prompts and answers, and the length of a prompt: all are equally long, since every price is one token."""
+    examples = [draw_example(rng, num_rows) for _ in range(size)]
+    prompt_ids = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+    answer_ids = tokenizer([f" {answer}{END}" for _, answer in examples])["input_ids"]
+    return torch.tensor([p + a for p, a in zip(prompt_ids, answer_ids, strict=True)]), len(prompt_ids[0])
+
+
+def answer_losses(model: Qwen3ForCausalLM, ids: Tensor, prompt_length: int) -> Tensor:
+    """Cross-entropy of every answer token, [batch, answer length]."""
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, prompt_length - 1 :]
+    targets = ids[:, prompt_length:]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden).mT, targets, reduction="none")
+
+
+def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: list[int], batch_size: int, lr: float) -> None:
+    """Short lists first, because they are cheap and the skill is the same; the learning rate falls over the last 40 % of the steps."""
+    rng = random.Random(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    stages = [num_rows for num_rows, n in zip((12, NUM_ROWS), steps, strict=True) for _ in range(n)]
+    for step, num_rows in enumerate(stages):
+        remaining = 1 - step / len(stages)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 30, max(0.03, remaining / 0.4))
+        losses = answer_losses(model, *draw_batch(tokenizer, rng, batch_size, num_rows))
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1} of {len(stages)}: {num_rows} rows, loss {losses.mean():.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where model and tokenizer are written")
+    parser.add_argument("--steps", type=int, nargs=2, default=[400, 300], help="steps with short lists and with lists as in the task")
+    arguments = parser.parse_args()
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    print(f"{model.num_parameters()} parameters, vocabulary {len(tokenizer)}")
+    warm_start(model, tokenizer, arguments.steps, batch_size=64, lr=3e-3)
+    model.save_pretrained(arguments.directory)
+    tokenizer.save_pretrained(arguments.directory)
+
+
+if __name__ == "__main__":
+    main()
