@@ -33,7 +33,9 @@ def check(config: RunConfig, config_dir: str | Path, console: Console | None = N
         config.reward, [prepared.prompts[i] for i in range(min(NUM_REWARD_SAMPLES, len(prepared.prompts)))],
         prepared.import_paths,
     )  # fmt: skip
-    problems = resource_problems(config) + [f"reward {check.function}: {check.error}" for check in rewards if check.error]
+    problems = resource_problems(config) + [
+        f"reward {check.function}: {check.error}" for check in rewards if check.error
+    ]
     console.print(_prompt_panels(prepared))
     console.print(_reward_table(rewards))
     console.print(_batch_table(batch_algebra(prepared)))
@@ -48,7 +50,8 @@ def check(config: RunConfig, config_dir: str | Path, console: Console | None = N
 
 
 def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
-    """(quantity, value, how it comes about) of a step and of the run. Tokens are for the mean prompt and the longest completions."""
+    """(quantity, value, how it comes about) of a step and of the run. Tokens are for the mean prompt and the longest
+    completions."""
     config = prepared.config
     learners, budget = config.learner.num_workers, config.learner.max_tokens
     completion = config.generator.sampling.max_tokens
@@ -64,15 +67,16 @@ def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
         passes = groups_each * math.ceil(config.group_size / ((budget - longest_prompt) // completion))
         how = f"{groups_each} groups, each larger than {budget:,} tokens: their completions run in parts"
     epochs = config.num_steps * config.groups_per_step / len(prepared.prompts)
+    size = config.group_size
     per_step = config.groups_per_step
     return [
         ("prompts in the data", f"{len(prepared.prompts):,}", f"seen {epochs:.2f} times in the run"),
         ("steps", f"{config.num_steps:,}", "num_steps"),
         ("groups a step", f"{per_step:,}", "groups_per_step, one prompt each"),
-        ("completions a step", f"{config.completions_per_step:,}", f"groups_per_step x group_size ({config.group_size})"),
+        ("completions a step", f"{per_step * size:,}", f"groups_per_step x group_size ({size})"),
         ("completions in all", f"{config.completions_per_step * config.num_steps:,}", ""),
         ("prompt tokens", f"{prompt:.0f}", f"mean; longest {longest_prompt}"),
-        ("tokens encoded a step", f"{per_step * group_tokens:,.0f}", f"prompts once, completions of {completion} at most"),
+        ("tokens encoded a step", f"{per_step * group_tokens:,.0f}", f"prompts once, completions of {completion}"),
         (
             "  were prompts repeated",
             f"{config.completions_per_step * (prompt + completion):,.0f}",
@@ -81,7 +85,7 @@ def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
         ("micro-batches", f"<= {passes}", f"of a learner in an update: {how}"),
         ("updates a step", f"{updates}", "algorithm.epochs x algorithm.mini_batches"),
         ("updates in all", f"{config.num_steps * updates:,}", ""),
-        ("staleness", f"<= {config.max_staleness}", "on-policy" if config.max_staleness == 0 else "generating and learning overlap"),
+        ("staleness", f"<= {config.max_staleness}", "generating overlaps learning" if config.max_staleness else "on-policy"),
         ("groups in flight", f"{(config.max_staleness + 1) * per_step:,}", "(max_staleness + 1) x groups_per_step"),
     ]  # fmt: skip
 
@@ -101,7 +105,9 @@ def resource_problems(config: RunConfig) -> list[str]:
     needed, there = required_resources(config).num_gpus, available_gpus()
     if needed <= there:
         return []
-    return [f"the run asks for {needed:g} GPUs and this machine has {there}: set RAY_ADDRESS to a cluster, or fewer num_gpus"]
+    return [
+        f"the run asks for {needed:g} GPUs, this machine has {there}: set RAY_ADDRESS to a cluster, or lower num_gpus"
+    ]
 
 
 def _prompt_panels(prepared: PreparedRun) -> Group:
@@ -138,8 +144,18 @@ def _resource_table(config: RunConfig) -> Table:
     for column in ("role", "processes", "CPUs each", "GPUs each"):
         table.add_column(column, justify="left" if column == "role" else "right")
     generator, learner, reward = config.generator, config.learner, config.reward
-    table.add_row(f"generator ({generator.engine})", str(generator.num_actors), f"{generator.num_cpus:g}", f"{generator.num_gpus:g}")
-    table.add_row(f"learner (ZeRO {learner.zero_stage})", str(learner.num_workers), f"{learner.num_cpus:g}", f"{learner.num_gpus:g}")
+    table.add_row(
+        f"generator ({generator.engine})",
+        str(generator.num_actors),
+        f"{generator.num_cpus:g}",
+        f"{generator.num_gpus:g}",
+    )
+    table.add_row(
+        f"learner (ZeRO {learner.zero_stage})",
+        str(learner.num_workers),
+        f"{learner.num_cpus:g}",
+        f"{learner.num_gpus:g}",
+    )
     table.add_row("scorer", str(reward.num_workers), f"{reward.num_cpus:g}", "0")
     needed = required_resources(config)
     table.add_row("asked for", "", f"{needed.num_cpus:g}", f"{needed.num_gpus:g}", style="bold")

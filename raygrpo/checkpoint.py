@@ -5,8 +5,9 @@
         manifest.json       the size and digest of every file, and where the run stood
       step-000100.partial/  one that is being written, or was when the run died
 
-A checkpoint is written beside the others, digested, flushed, and renamed into place: the rename is the moment at which it exists. `newest`
-verifies before it believes, so a file that was cut short or changed makes it fall back to the checkpoint before, loudly.
+A checkpoint is written beside the others, digested, flushed, and renamed into place: the rename is the moment at which
+it exists. `newest` verifies before it believes, so a file that was cut short or changed makes it fall back to the
+checkpoint before, loudly.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class CheckpointStore:
         return partial
 
     def commit(self, state: RunState) -> Checkpoint:
-        """Make what was written since `begin` a checkpoint. One process calls this, after all have written. Raises OSError."""
+        """Make what was written since `begin` a checkpoint. One process calls this, after all have written. Raises
+        OSError."""
         partial, final = self._partial(state.step), self._final(state.step)
         files = {str(path.relative_to(partial)): _size_and_digest(path) for path in _files(partial)}
         manifest = _Manifest(state=asdict(state), files=files)
@@ -90,7 +92,8 @@ class CheckpointStore:
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, every byte verified; None without one. Says what is wrong with those it passes over."""
+        """The newest whole checkpoint, every byte verified; None without one. Says what is wrong with those it passes
+        over."""
         for directory in self._directories():
             try:
                 return _verified(directory)

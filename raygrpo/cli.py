@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="GRPO post-training on Ray: vLLM generators, verifiable rewards, DeepSpeed learners with a shared-prefix forward.",
+    help="GRPO post-training on Ray: vLLM generators, verifiable rewards, shared-prefix DeepSpeed learners.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,35 +42,45 @@ def train(
 ) -> None:
     """Train a policy as CONFIG says, to the end.
 
-    Ends with a summary: reward before and after, a picture of the reward curve, where the time went, the exported model, and the
-    command that opens the run in the MLflow UI. Everything is written to output_dir/<name>-<time>.
+    Ends with a summary: reward before and after, a picture of the reward curve, where the time went, the exported
+    model, and the command that opens the run in the MLflow UI. Everything is written to output_dir/<name>-<time>.
 
     Example: raygrpo train pipelines/quickstart.yaml seed=1 max_staleness=1
     """
+    import shlex
+    import time
+
     from rich.console import Console
 
     from raygrpo.console import show_progress
     from raygrpo.prepare import prepare
+    from raygrpo.summary import print_summary
     from raygrpo.train import train as run
 
+    start_s = time.monotonic()
     settings = _load(config, overrides)
+    command = shlex.join(["raygrpo", "train", str(config), *(overrides or []), "--resume"])
     prepared = _or_exit(lambda: prepare(settings, config.parent))
     try:
         with show_progress(settings, Console(stderr=True)) as watcher:
-            result = run(prepared, watcher, resume=resume, verbose=verbose)
-    except RuntimeError as error:
+            result = run(prepared, watcher, resume=resume, resume_command=command, verbose=verbose)
+    except (RuntimeError, ValueError) as error:
         _fail(f"training failed: {error}")
     except KeyboardInterrupt:
-        _fail("stopped")
-    print(result)
+        _fail(f"stopped; go on with: {command}")
+    seconds = time.monotonic() - start_s
+    print_summary(
+        Console(), result.history, result.links, name=settings.name, export_dir=result.export_dir, seconds=seconds
+    )
 
 
 @app.command()
 def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Validate CONFIG without starting anything: settings, data, rewards, and what a step will be made of.
 
-    Shows the first prompts as the model will see them, tries the reward functions on a sample, and prints the batch algebra: prompts, groups,
-    completions, tokens, micro-batches, updates, and the CPUs and GPUs asked for against those there.
+    Shows the first prompts as the model will see them, tries the reward functions on a sample, and prints the batch
+    algebra: prompts, groups, completions, tokens, micro-batches, updates, and the CPUs and GPUs asked for against those
+    there.
 
     Example: raygrpo check pipelines/quickstart.yaml groups_per_step=32
     """

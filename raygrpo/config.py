@@ -1,8 +1,9 @@
 """Every setting, its default and its one-line meaning; reading a run's YAML with command-line overrides.
 
-A run's YAML names only what it changes. Each fact is set once: what follows from it is a property, never a second key. Engine options
-pass through untouched under their upstream names (`generator.vllm`, `learner.deepspeed`). A bad combination raises ValueError with both
-values in the message; nothing here repairs a setting behind its author's back. A role receives its own section, not the tree.
+A run's YAML names only what it changes. Each fact is set once: what follows from it is a property, never a second key.
+Engine options pass through untouched under their upstream names (`generator.vllm`, `learner.deepspeed`). A bad
+combination raises ValueError with both values in the message; nothing here repairs a setting behind its author's back.
+A role receives its own section, not the tree.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from raygrpo.section import NonNegativeFloat, NonNegativeInt, Probability, Secti
 
 class ModelConfig(Section):
     path: str
-    """A directory with a Hugging Face model and tokenizer (relative to the YAML's directory), or a name on the Hugging Face hub."""
+    """A directory with a Hugging Face model and tokenizer (relative to the YAML's directory), or a name on the Hugging
+    Face hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass in learner and generator. The optimizer always keeps float32 master weights."""
     gradient_checkpointing: bool = False
@@ -52,7 +54,8 @@ class DataConfig(Section):
     max_rows: PositiveInt | None = None
     """Read only the first rows of the source."""
     prompt: str = "prompt"
-    """Column with the prompt: a text, or a list of chat messages ({role, content}) for the tokenizer's chat template."""
+    """Column with the prompt: a text, or a list of chat messages ({role, content}) for the tokenizer's chat
+    template."""
     answer: str | None = "answer"
     """Column with the reference answer (any JSON value), or null where rewards need none."""
     system_prompt: str | None = None
@@ -152,7 +155,8 @@ class GeneratorConfig(Section):
     num_threads: PositiveInt | None = None
     """Threads of the engine's CPU kernels; null: the machine's cores, shared evenly among generators."""
     vllm: dict[str, Any] = {}
-    """Passed to vllm.LLM as they are, e.g. max_model_len, gpu_memory_utilization, kv_cache_memory_bytes, tensor_parallel_size."""
+    """Passed to vllm.LLM as they are, e.g. max_model_len, gpu_memory_utilization, kv_cache_memory_bytes,
+    tensor_parallel_size."""
 
 
 class OptimizerConfig(Section):
@@ -188,12 +192,12 @@ class LearnerConfig(Section):
     num_workers: PositiveInt = 1
     """Learner processes (data parallel); divides groups_per_step."""
     max_tokens: PositiveInt = 16384
-    """Token budget of one micro-batch, prefixes counted once. A group is never split across micro-batches' boundaries unless it alone exceeds
-    the budget."""
+    """Token budget of one micro-batch, prefixes counted once. A group is never split across micro-batches' boundaries
+    unless it alone exceeds the budget."""
     optimizer: OptimizerConfig = OptimizerConfig()
     skip_zero_advantages: bool = True
-    """Encode no group whose advantages are all zero. Exact, and so done only while neither a KL penalty in the loss nor an
-    entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""
+    """Encode no group whose advantages are all zero. Exact, and so done only while neither a KL penalty in the loss nor
+    an entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""
     attention: str = "auto"
     """Backend of the shared-prefix attention; auto: the best that the device supports."""
     max_restarts: NonNegativeInt = 3
@@ -205,7 +209,8 @@ class LearnerConfig(Section):
     num_threads: PositiveInt | None = None
     """Threads of a learner's CPU kernels; null: the machine's cores, shared evenly among learners."""
     deepspeed: dict[str, Any] = Field(default={"zero_optimization": {"stage": 1}})
-    """DeepSpeed's configuration, e.g. {zero_optimization: {stage: 3}}. What follows from other settings is refused here."""
+    """DeepSpeed's configuration, e.g. {zero_optimization: {stage: 3}}. What follows from other settings is refused
+    here."""
 
     @property
     def zero_stage(self) -> int:
@@ -229,15 +234,16 @@ class LearnerConfig(Section):
             raise ValueError(f"learner.deepspeed.zero_optimization holds options, e.g. {{stage: 3}}; got {zero!r}")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(
-                f"learner.deepspeed.zero_optimization.stage is {self.zero_stage}: 1, 2 and 3 train identically; stage 0 of "
-                "DeepSpeed 0.19.8 reports no gradient norm in float32 and drifts in bfloat16"
+                f"learner.deepspeed.zero_optimization.stage is {self.zero_stage}: 1, 2 and 3 train identically; "
+                "stage 0 of DeepSpeed 0.19.8 reports no gradient norm in float32 and drifts in bfloat16"
             )
         return self
 
 
 class CheckpointConfig(Section):
     every: PositiveInt = 50
-    """Steps between checkpoints: the most that a failure can lose. Also the length of a segment, one execution of the stream."""
+    """Steps between checkpoints: the most that a failure can lose. Also the length of a segment, one execution of the
+    stream."""
     keep: PositiveInt = 2
     """Newest checkpoints that stay on disk."""
 
@@ -258,7 +264,8 @@ class TrackingConfig(Section):
     system_metrics: bool = True
     """Log CPU, memory and disk of the machine that tracks, averaged over each step."""
     finish_timeout_s: NonNegativeFloat = 60.0
-    """Longest wait, at the end of a run, for an MLflow server that does not answer; the rest stays in the run's directory for later."""
+    """Longest wait, at the end of a run, for an MLflow server that does not answer; the rest stays in the run's
+    directory for later."""
 
 
 class RunConfig(Section):
@@ -273,7 +280,8 @@ class RunConfig(Section):
     group_size: Annotated[int, Field(ge=1)] = 8
     """Completions for each prompt."""
     max_staleness: NonNegativeInt = 0
-    """How many versions a group's policy may lag behind the learner's: 0 is on-policy; from 1 on, generating and learning overlap."""
+    """How many versions a group's policy may lag behind the learner's: 0 is on-policy; from 1 on, generating and
+    learning overlap."""
     output_dir: str = "runs"
     """Where runs are written, each in a directory of its own (relative to the current directory)."""
     model: ModelConfig
@@ -329,8 +337,8 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run's YAML, apply `key.subkey=value` overrides (values are YAML) and validate the whole.
 
-    Relative paths of model and data are meant from the YAML's directory in the file, from the current directory in an override.
-    Raises ValueError with one line for each problem; an unknown key names the nearest known one.
+    Relative paths of model and data are meant from the YAML's directory in the file, from the current directory in an
+    override. Raises ValueError with one line for each problem; an unknown key names the nearest known one.
     """
     path = Path(path)
     try:

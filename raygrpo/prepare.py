@@ -1,6 +1,7 @@
 """What can be known of a run before anything is started: model, tokenizer, prompts, lengths, resources.
 
-`raygrpo check` prints it; `raygrpo train` starts from it, so that whatever is wrong with a run is said in its first seconds.
+`raygrpo check` prints it; `raygrpo train` starts from it, so that whatever is wrong with a run is said in its first
+seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class PreparedRun:
 
 
 def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
-    """Find and check model and data. config_dir: of the YAML; functions are looked for there, then in the current directory.
+    """Find and check model and data. config_dir: of the YAML; functions are looked for there, then in the current
+    directory.
 
     Raises ValueError with what to do.
     """
@@ -60,7 +62,7 @@ def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
     if max_model_len > config.learner.max_tokens:
         raise ValueError(
             f"learner.max_tokens ({config.learner.max_tokens}) does not hold the longest prompt with its completion "
-            f"({max_model_len - completion} + {completion} tokens), and a sequence is not cut: raise it to {max_model_len}"
+            f"({max_model_len - completion} + {completion} tokens), and a sequence is not cut: set {max_model_len}"
         )
     return PreparedRun(
         config=config,
@@ -100,7 +102,8 @@ class Resources:
 
 
 def required_resources(config: RunConfig) -> Resources:
-    """Logical CPUs and GPUs of all actors together: generators, learners, scorers, and the stages and actors around them."""
+    """Logical CPUs and GPUs of all actors together: generators, learners, scorers, and the stages and actors around
+    them."""
     generator, learner, reward = config.generator, config.learner, config.reward
     groups_in_flight = (config.max_staleness + 1) * config.groups_per_step
     proxies = 0.01 * math.ceil(groups_in_flight / 64)

@@ -1,17 +1,17 @@
 """The stream of grouped rollouts: tickets -> rollout stage -> reward stage -> learners, in Ray Data.
 
-A segment is one Ray Data execution. Its rows start as tickets (integers); each becomes exactly one group, always: errors are columns,
-never dropped rows. What the stages wait for, and what unblocks them:
+A segment is one Ray Data execution. Its rows start as tickets (integers); each becomes exactly one group, always:
+errors are columns, never dropped rows. What the stages wait for, and what unblocks them:
 
     rollout stage   a claim from the controller        the learners publish a version that is new enough
                     a generator's completions          the generator's engine
     reward stage    a rollout group                    the rollout stage
     learner         the next group in ticket order     the reward stage
 
-Claims are made in ticket order and rows reach the learners in ticket order, so the rows a learner waits for are always among the
-admitted ones: the gate (controller.py) cannot deadlock. Three settings of Ray Data carry that (pipeline.md, section 2, gives the
-measurements): order is preserved; every row is a block of its own, or a block would wait for a row behind the gate; no shard locality,
-which buffers rows for a "nearer" learner while the others starve.
+Claims are made in ticket order and rows reach the learners in ticket order, so the rows a learner waits for are always
+among the admitted ones: the gate (controller.py) cannot deadlock. Three settings of Ray Data carry that (pipeline.md,
+section 2, gives the measurements): order is preserved; every row is a block of its own, or a block would wait for a row
+behind the gate; no shard locality, which buffers rows for a "nearer" learner while the others starve.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def table_to_scored_groups(table: pa.Table) -> list[ScoredGroup]:
 
 
 class RolloutStage:
-    """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the group."""
+    """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the
+    group."""
 
     def __init__(self, controller: ActorHandle, stream: int):
         self._controller = controller
@@ -113,7 +114,8 @@ class RolloutStage:
         return groups_to_table([self.roll_out(row, replacement=0) for row in rows["row"].to_pylist()])
 
     def roll_out(self, row: int, *, replacement: int) -> RolloutGroup:
-        """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and seeds."""
+        """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and
+        seeds."""
         while True:
             claim: Claim = ray.get(self._controller.claim.remote(self._stream, row, replacement))
             if claim.generator is None:
@@ -156,9 +158,9 @@ class RewardStage:
 
 
 class DynamicSamplingStage:
-    """Both stages in one, for dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a ticket whose rewards are all the same claims its
-    next prompt, up to `max_replacements` times, and then emits what it has. Which prompt is next depends on the ticket alone, so the
-    stream stays in order and reproducible."""
+    """Both stages in one, for dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): a ticket whose rewards are all
+    the same claims its next prompt, up to `max_replacements` times, and then emits what it has. Which prompt is next
+    depends on the ticket alone, so the stream stays in order and reproducible."""
 
     def __init__(
         self, controller: ActorHandle, stream: int, config: RewardConfig, import_paths: list[str], max_replacements: int
@@ -191,11 +193,11 @@ def segment_dataset(
     groups_in_flight: int,
     max_replacements: int,
 ) -> ray.data.Dataset:
-    """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order. Builds a stream of its own each time it is
-    called, so that what is left of an earlier attempt is fenced.
+    """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order. Builds a stream of its
+    own each time it is called, so that what is left of an earlier attempt is fenced.
 
-    groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout stage waits for as
-    many at once. max_replacements: algorithm.dynamic_sampling.
+    groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout
+    stage waits for as many at once. max_replacements: algorithm.dynamic_sampling.
     """
     groups_in_flight = min(groups_in_flight, num_tickets)
     num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
@@ -222,13 +224,14 @@ def segment_dataset(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reward.num_cpus,
-        # Ray Data looks at its tasks ten times a second while some of them wait at the gate: hand over all groups at once.
+        # While tasks wait at the gate, Ray Data looks at its tasks ten times a second: hand over all groups at once.
         compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=groups_in_flight),
     )
 
 
 def data_config() -> ray.train.DataConfig:
-    """How Ray Train splits the stream among learners: in ticket order, round robin, without locality (see the module docstring)."""
+    """How Ray Train splits the stream among learners: in ticket order, round robin, without locality (see the module
+    docstring)."""
     import ray.train
 
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -244,8 +247,8 @@ def configure_ray_data() -> None:
 
 
 def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:
-    """A learner's share of a segment: each call gives its next scored group, nothing is fetched ahead of need, and the call after the last
-    raises StopIteration, which ends the execution."""
+    """A learner's share of a segment: each call gives its next scored group, nothing is fetched ahead of need, and the
+    call after the last raises StopIteration, which ends the execution."""
     batches = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     pending: list[ScoredGroup] = []
 

@@ -19,7 +19,8 @@ def covered_seconds(intervals: Sequence[Interval], start_s: float, end_s: float)
 
 
 def stage_seconds(stages: Mapping[str, Sequence[Interval]], start_s: float, end_s: float) -> dict[str, float]:
-    """Seconds of the step [start_s, end_s] in which each stage was at work, `step`, and `other`: those in which none was.
+    """Seconds of the step [start_s, end_s] in which each stage was at work, `step`, and `other`: those in which none
+    was.
 
     Stages that overlap count each for itself, so the stages may add up to more than the step.
     """

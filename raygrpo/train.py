@@ -1,7 +1,7 @@
 """The main loop: control in the driver, data in Ray Data.
 
-    launch      tracker, generators, controller            (Ray actors; the generators' engines start while the learners do)
-    train       TorchTrainer.fit: the learner gang pulls the stream, updates, publishes; the gate opens; and again
+    launch      tracker, generators, controller            (Ray actors; the generators' engines start while the learners
+    do) train       TorchTrainer.fit: the learner gang pulls the stream, updates, publishes; the gate opens; and again
     finish      the exported policy, the last figures, the summary
 
 The driver only waits and shows progress: no rollout passes through it.
@@ -56,11 +56,19 @@ class RunResult:
     links: Links  # where MLflow shows it
 
 
-def train(prepared: PreparedRun, watcher: Watcher, *, resume: bool = False, verbose: bool = False) -> RunResult:
+def train(
+    prepared: PreparedRun,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    resume_command: str | None = None,
+    verbose: bool = False,
+) -> RunResult:
     """Train to the end and return what came of it.
 
-    resume: go on with the newest run of this name, from its newest checkpoint, instead of beginning one. verbose: also show what the
-    worker processes print.
+    resume: go on with the newest run of this name, from its newest checkpoint, instead of beginning one.
+    resume_command: what a user would type for that; stands on the MLflow run's page. verbose: also show what the worker
+    processes print.
 
     Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
     """
@@ -70,7 +78,7 @@ def train(prepared: PreparedRun, watcher: Watcher, *, resume: bool = False, verb
         import ray
 
         watcher.on_phase("starting generators and learners")
-        tracker = launch_tracker(config, run_dir)
+        tracker = launch_tracker(config, run_dir, resume_command)
         generators = launch_generators(prepared, run_dir.name)
         controller = launch_controller(prepared, generators, run_dir.name)
         status = "FAILED"
@@ -153,19 +161,20 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def launch_tracker(config: RunConfig, run_dir: Path) -> ActorHandle:
+def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> ActorHandle:
     import ray
 
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(name=f"{run_dir.name}-tracker", num_cpus=0, max_concurrency=4)
-    tracker = actor.remote(config, str(run_dir))
+    tracker = actor.remote(config, str(run_dir), resume_command=resume_command)
     ray.get(tracker.start.remote())
     return tracker
 
 
 def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
-    """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for them."""
+    """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for
+    them."""
     import ray
 
     from raygrpo.roles.generator import Generator
@@ -181,9 +190,7 @@ def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHa
             max_restarts=-1,
             max_task_retries=0,
         )
-        generators[name] = actor.remote(
-            name, config.model, config.generator, max_model_len=prepared.max_model_len
-        )
+        generators[name] = actor.remote(name, config.model, config.generator, max_model_len=prepared.max_model_len)
     return generators
 
 
@@ -278,15 +285,21 @@ def _follow(tracker: ActorHandle, controller: ActorHandle, watcher: Watcher) -> 
     done = threading.Event()
 
     def follow() -> None:
-        next_step = num_warnings = 0
+        next_step = 0
+        num_warnings = {"controller": 0, "tracker": 0}
         training = False
         last = False
         while not last:
             last = done.wait(POLL_S)  # one more look after the end
-            status = ray.get(controller.status.remote(num_warnings))
-            for warning in status.warnings:
-                watcher.on_warning(warning)
-            num_warnings += len(status.warnings)
+            status = ray.get(controller.status.remote(num_warnings["controller"]))
+            warnings = {
+                "controller": status.warnings,
+                "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),
+            }
+            for source, texts in warnings.items():
+                for text in texts:
+                    watcher.on_warning(text)
+                num_warnings[source] += len(texts)
             if status.version >= 0 and not training:
                 training = True
                 watcher.on_phase("training")

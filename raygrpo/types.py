@@ -1,8 +1,9 @@
 """What flows between the roles.
 
-One row of the stream is one group: a prompt with all its completions. Its type changes by stage (Prompt -> RolloutGroup ->
-ScoredGroup), so that no field is ever "filled in later". Dataclasses live at the edges; between processes a group is one Arrow row
-(`group_to_row` and friends; `GROUP_SCHEMA` and `SCORED_GROUP_SCHEMA` in stream.py); tensors exist only inside the learner.
+One row of the stream is one group: a prompt with all its completions. Its type changes by stage (Prompt -> RolloutGroup
+-> ScoredGroup), so that no field is ever "filled in later". Dataclasses live at the edges; between processes a group is
+one Arrow row (`group_to_row` and friends; `GROUP_SCHEMA` and `SCORED_GROUP_SCHEMA` in stream.py); tensors exist only
+inside the learner.
 
 Shapes: G completions of one prompt, C tokens of one completion, K reward functions.
 """
@@ -39,7 +40,8 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """All completions of one prompt, sampled under one policy version. Without rollouts when generation failed: `error` says why."""
+    """All completions of one prompt, sampled under one policy version. Without rollouts when generation failed: `error`
+    says why."""
 
     ticket: int  # position in the run: step * groups_per_step + place within the step
     prompt: Prompt

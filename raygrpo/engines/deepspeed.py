@@ -1,7 +1,8 @@
-"""DeepSpeed as the learner's engine: one optimizer step over any number of micro-batches, and the weights it arrives at.
+"""DeepSpeed as the learner's engine: one optimizer step over any number of micro-batches, and the weights it arrives
+at.
 
-The only file that imports deepspeed. It owns what DeepSpeed is told (`deepspeed_config`) and the ways around it that training with a
-varying number of micro-batches takes; the loss and the batches belong to the learner.
+The only file that imports deepspeed. It owns what DeepSpeed is told (`deepspeed_config`) and the ways around it that
+training with a varying number of micro-batches takes; the loss and the batches belong to the learner.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ GATHER_BYTES = 256 * 2**20  # of parameters that ZeRO-3 puts together at a time 
 
 
 def learning_rate(optimizer: OptimizerConfig, update: int, num_updates: int) -> float:
-    """Of update 0 .. num_updates - 1: a linear rise over `warmup_steps`, then the schedule down to lr * final_lr_fraction."""
+    """Of update 0 .. num_updates - 1: a linear rise over `warmup_steps`, then the schedule down to lr *
+    final_lr_fraction."""
     if update < optimizer.warmup_steps:
         return optimizer.lr * (update + 1) / optimizer.warmup_steps
     if optimizer.schedule == "constant":
@@ -34,29 +36,35 @@ def learning_rate(optimizer: OptimizerConfig, update: int, num_updates: int) -> 
 
 
 def deepspeed_config(learner: LearnerConfig, dtype: str) -> dict[str, Any]:
-    """What DeepSpeed gets: the user's options plus those that follow from other settings (config.py refuses a clash)."""
-    return {"steps_per_print": 2**31} | learner.deepspeed | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # the number of micro-batches varies; step() ends an update
-        "gradient_clipping": learner.optimizer.max_grad_norm,
-        "bf16": {"enabled": dtype == "bfloat16"},  # with float32 master weights
-        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
-    }
+    """What DeepSpeed gets: the user's options plus those that follow from other settings (config.py refuses a
+    clash)."""
+    return (
+        {"steps_per_print": 2**31}
+        | learner.deepspeed
+        | {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # the number of micro-batches varies; step() ends an update
+            "gradient_clipping": learner.optimizer.max_grad_norm,
+            "bf16": {"enabled": dtype == "bfloat16"},  # with float32 master weights
+            "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
+        }
+    )
 
 
 class DeepSpeedEngine:
     """One rank's share of the policy, its optimizer, and how both are stepped.
 
-    torch.distributed must be initialised. All ranks must call every method, the same number of times: under ZeRO-3 each forward and
-    backward is a collective.
+    torch.distributed must be initialised. All ranks must call every method, the same number of times: under ZeRO-3 each
+    forward and backward is a collective.
     """
 
     def __init__(self, policy: nn.Module, learner: LearnerConfig, *, dtype: str, num_updates: int):
-        """policy: a Hugging Face model, prepared by enable_shared_prefix. num_updates: of the whole run, for the learning rate."""
+        """policy: a Hugging Face model, prepared by enable_shared_prefix. num_updates: of the whole run, for the
+        learning rate."""
         import deepspeed
 
-        # A shared-memory all-reduce for CPUs that DeepSpeed would compile at start-up (two minutes, needs g++ and ninja).
+        # A shared-memory all-reduce for CPUs that DeepSpeed would compile at start-up: two minutes, g++ and ninja.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._settings = learner.optimizer
         self._num_updates = num_updates
@@ -79,8 +87,8 @@ class DeepSpeedEngine:
         return self._engine
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch. The losses of all micro-batches of all ranks are summed, so `loss` must already be divided by the
-        whole step's denominator; DeepSpeed averages over ranks, which the factor undoes."""
+        """Add the gradient of a micro-batch. The losses of all micro-batches of all ranks are summed, so `loss` must
+        already be divided by the whole step's denominator; DeepSpeed averages over ranks, which the factor undoes."""
         self._engine.backward(loss * self._engine.dp_world_size, scale_wrt_gas=False)
 
     def step(self, update: int) -> tuple[float, float]:
@@ -98,19 +106,22 @@ class DeepSpeedEngine:
         return norm, rate
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are given."""
+        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are
+        given."""
         self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
 
     def load(self, directory: str | Path) -> None:
-        """Read back what `save` wrote with as many ranks and the same ZeRO stage. The files are pickles: verify their digests before."""
+        """Read back what `save` wrote with as many ranks and the same ZeRO stage. The files are pickles: verify their
+        digests before."""
         path, _ = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
         if path is None:
             raise RuntimeError(f"DeepSpeed did not find its checkpoint in {directory}")
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor on its device) of every parameter; tied ones once. Under ZeRO-3 in buckets, never the whole model
-        at once: a tensor is valid until the next is asked for, and every rank must exhaust the iterator."""
+        """(Hugging Face name, full tensor on its device) of every parameter; tied ones once. Under ZeRO-3 in buckets,
+        never the whole model at once: a tensor is valid until the next is asked for, and every rank must exhaust the
+        iterator."""
         if not self._is_zero3:
             for name, parameter in self._policy.named_parameters():
                 yield name, parameter.detach()

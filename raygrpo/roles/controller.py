@@ -1,21 +1,22 @@
 """The rollout controller: who may sample what, when, and under which version of the policy.
 
-One actor, asyncio, no tensors. It owns the prompts, the gate, the set of healthy generators and the latest published weights; rollouts
-never pass through it.
+One actor, asyncio, no tensors. It owns the prompts, the gate, the set of healthy generators and the latest published
+weights; rollouts never pass through it.
 
 The gate. Ticket t belongs to step t // groups_per_step, and is admitted when
 
     t < (version + max_staleness + 1) * groups_per_step                                            (1)
 
-where `version` is the latest published version; the learner that trains step s holds version s. A generator samples the ticket under a
-version v_g >= the version at admission >= step(t) - max_staleness, and tickets are trained in their order, so the staleness
-step(t) - v_g is at most max_staleness. 0 is on-policy by the same rule.
+where `version` is the latest published version; the learner that trains step s holds version s. A generator samples the
+ticket under a version v_g >= the version at admission >= step(t) - max_staleness, and tickets are trained in their
+order, so the staleness step(t) - v_g is at most max_staleness. 0 is on-policy by the same rule.
 
-Streams and attempts. Each time the gang of learners starts, it is a new attempt, with streams of its own (stream.py registers them). A claim
-from any stream but the one whose segment is running is fenced: it gets no prompt, and its row goes nowhere.
+Streams and attempts. Each time the gang of learners starts, it is a new attempt, with streams of its own (stream.py
+registers them). A claim from any stream but the one whose segment is running is fenced: it gets no prompt, and its row
+goes nowhere.
 
-Publish order: every healthy generator has acknowledged version v before the gate moves to v. The other order lets a generator serve an
-admitted ticket with weights that are one version too old.
+Publish order: every healthy generator has acknowledged version v before the gate moves to v. The other order lets a
+generator serve an admitted ticket with weights that are one version too old.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class RolloutController:
         return self._num_streams
 
     async def begin_attempt(self, at_least: int) -> int:
-        """The gang has started (again), and will publish before it trains: shut the gate. Returns the attempt's number."""
+        """The gang has started (again), and will publish before it trains: shut the gate. Returns the attempt's
+        number."""
         self._attempt = max(self._attempt + 1, at_least)
         async with self._changed:
             self._version = -1
@@ -144,7 +146,9 @@ class RolloutController:
         failures = self._failures.get(ticket, [])
         if len(failures) >= MAX_ATTEMPTS:
             error = f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures)
-            return Claim(ticket=ticket, prompt=prompt, seeds=seeds, min_version=min_version, generator=None, error=error)
+            return Claim(
+                ticket=ticket, prompt=prompt, seeds=seeds, min_version=min_version, generator=None, error=error
+            )
         async with self._changed:
             await self._changed.wait_for(
                 lambda: stream != self._active_stream or (self._admits(ticket) and self._healthy)
@@ -215,7 +219,8 @@ class RolloutController:
         return await asyncio.wait_for(reply, LOAD_DEADLINE_S)
 
     def _quarantine(self, name: str) -> None:
-        """No more claims for this generator until it has loaded the current version again (Ray restarts a dead actor)."""
+        """No more claims for this generator until it has loaded the current version again (Ray restarts a dead
+        actor)."""
         if name not in self._healthy:
             return
         self._healthy.discard(name)

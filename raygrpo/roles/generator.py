@@ -8,10 +8,11 @@ weights change only between groups: when new weights arrive, running groups are 
 group is begun, and groups that wait are begun under the new ones. This costs little: the tickets in flight at a publish
 are those that the learner needs next in any case.
 
-Version 0 is the model on disk. A version belongs to an attempt of the learner gang: after a restart from a checkpoint the gang counts
-from that checkpoint's version again, and what it publishes replaces anything that an earlier attempt published. A generator that dies is restarted by Ray (`max_restarts`), at version 0 again: whoever
-watches it (the controller) loads the current version before it is given work. `generate` never serves a version below
-`min_version`; it waits.
+Version 0 is the model on disk. A version belongs to an attempt of the learner gang: after a restart from a checkpoint
+the gang counts from that checkpoint's version again, and what it publishes replaces anything that an earlier attempt
+published. A generator that dies is restarted by Ray (`max_restarts`), at version 0 again: whoever watches it (the
+controller) loads the current version before it is given work. `generate` never serves a version below `min_version`; it
+waits.
 
 An engine that failed cannot be trusted any more: every caller gets EngineDeadError, then the process exits, for Ray to
 restart it.
@@ -141,9 +142,7 @@ class Generator:
             self._worker.inbox.put(_Abort(group=group))
             raise
 
-    async def load_weights(
-        self, version: int, weights: PackedWeights | list[Any], *, attempt: int = 0
-    ) -> WeightsAck:
+    async def load_weights(self, version: int, weights: PackedWeights | list[Any], *, attempt: int = 0) -> WeightsAck:
         """Serve `version` from now on: returns when running groups are finished and the weights are loaded.
 
         weights: the packed weights, or a list with one Ray reference to them; not looked at when the generator has the
@@ -155,7 +154,8 @@ class Generator:
             return WeightsAck(generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0)
         if (attempt, version) < served:
             raise ValueError(
-                f"{self.name} serves version {served[1]} of attempt {served[0]}; version {version} of {attempt} is older"
+                f"{self.name} serves version {served[1]} of attempt {served[0]}: "
+                f"version {version} of attempt {attempt} is older"
             )
         packed = await weights[0] if isinstance(weights, list) else weights
         ack = await self._worker.ask(_Update(attempt=attempt, version=version, packed=packed))

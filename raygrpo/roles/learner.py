@@ -1,7 +1,7 @@
 """The learner: what each worker of the Ray Train gang runs.
 
-Per step: wait for this rank's share of the step's groups, update the policy (policy_update.py), publish the new version, report.
-What it waits for, and what unblocks it:
+Per step: wait for this rank's share of the step's groups, update the policy (policy_update.py), publish the new
+version, report. What it waits for, and what unblocks it:
 
     the step's groups             the stream (stream.py), whose gate waits for an earlier publish of ours
     the other learners            their share of the same step
@@ -113,8 +113,8 @@ class Learner:
             every = self._config.checkpoint.every
             if first_step % every and first_step < self._config.num_steps:
                 raise RuntimeError(
-                    f"the checkpoint of step {first_step} is not at a multiple of checkpoint.every ({every}), where segments "
-                    "begin: set checkpoint.every to a divisor of it"
+                    f"the checkpoint of step {first_step} is not at a multiple of checkpoint.every ({every}), where "
+                    "segments begin: set checkpoint.every to a divisor of it"
                 )
         if self._rank == 0:
             at_least = newest.state.attempt + 1 if newest is not None else 0
@@ -193,7 +193,8 @@ class Learner:
         raise AssertionError("the stream holds more groups than the segment's steps")
 
     def _collect(self, step: int, next_group: Callable[[], ScoredGroup]) -> list[ScoredGroup]:
-        """This rank's share of the step, in ticket order; groups that failed to be generated are counted by _facts and left out later."""
+        """This rank's share of the step, in ticket order; groups that failed to be generated are counted by _facts and
+        left out later."""
         per_step = self._config.groups_per_step
         groups = [next_group() for _ in range(per_step // self._config.learner.num_workers)]
         for scored in groups:
@@ -207,7 +208,8 @@ class Learner:
         return groups
 
     def publish(self, version: int) -> None:
-        """Hand the weights to the controller; all ranks call it. Returns when they are packed: `_report` waits for the acks."""
+        """Hand the weights to the controller; all ranks call it. Returns when they are packed: `_report` waits for the
+        acks."""
         import ray
 
         from raygrpo.weights import pack
@@ -235,7 +237,7 @@ class Learner:
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
                 metrics["faults/generator_failures"] = float(report.generator_failures)
                 metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
-                metrics["faults/attempt"] = float(self._attempt)
+                metrics["run/attempt"] = float(self._attempt)
                 self._tracker.log_step.remote(step, metrics)
                 self._step_start_s = end_s
             else:
@@ -299,7 +301,8 @@ def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, Mo
 
 
 def export_policy(policy: nn.Module, state: dict[str, torch.Tensor], source: str, directory: str) -> None:
-    """A directory that AutoModelForCausalLM.from_pretrained and vLLM load: safetensors, tokenizer, generation config."""
+    """A directory that AutoModelForCausalLM.from_pretrained and vLLM load: safetensors, tokenizer, generation
+    config."""
     from transformers import AutoTokenizer
 
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -329,7 +332,8 @@ class _StepTimes:
 
 
 def _merge(times: list[_StepTimes]) -> _StepTimes:
-    """Of all ranks: lists joined; the step's wait ends when the last rank has its groups, learning when the last is done."""
+    """Of all ranks: lists joined; the step's wait ends when the last rank has its groups, learning when the last is
+    done."""
     return _StepTimes(
         wait=(times[0].wait[0], max(t.wait[1] for t in times)),
         learn=(min(t.learn[0] for t in times), max(t.learn[1] for t in times)),

@@ -1,8 +1,8 @@
 """What a learner does with the scored groups of one step: advantages, gradients, optimizer updates, and their metrics.
 
-One object on each rank; ranks talk through torch.distributed only, in the same order on all of them. No Ray, no streaming: learner.py
-feeds it. Everything that is divided by a denominator is divided by that of the whole update over all ranks, so how groups fall on
-ranks and micro-batches changes nothing but the last digits.
+One object on each rank; ranks talk through torch.distributed only, in the same order on all of them. No Ray, no
+streaming: learner.py feeds it. Everything that is divided by a denominator is divided by that of the whole update over
+all ranks, so how groups fall on ranks and micro-batches changes nothing but the last digits.
 
 Shapes: R rollouts of this rank's groups, S their completion tokens, K reward functions.
 """
@@ -88,8 +88,9 @@ class StepBatch:
 class PolicyUpdater:
     """Turns groups into updates of the policy.
 
-    engine: the policy behind DeepSpeed, prepared by enable_shared_prefix. reference: the frozen policy, prepared too; needed when
-    settings.kl.coef > 0. max_tokens: budget of a micro-batch. max_completion_tokens: the sampler's limit, for overlong penalties.
+    engine: the policy behind DeepSpeed, prepared by enable_shared_prefix. reference: the frozen policy, prepared too;
+    needed when settings.kl.coef > 0. max_tokens: budget of a micro-batch. max_completion_tokens: the sampler's limit,
+    for overlong penalties.
     """
 
     def __init__(
@@ -122,8 +123,8 @@ class PolicyUpdater:
     def update(self, scored: Sequence[ScoredGroup], step: int) -> tuple[StepMetrics, list[list[float]]]:
         """Train on this rank's groups of one step; all ranks call it together.
 
-        Returns the metrics of the whole step, the same on every rank, and the advantages of this rank's rollouts by group.
-        Raises RuntimeError when more rollouts failed to get a reward than `reward.max_error_share` allows.
+        Returns the metrics of the whole step, the same on every rank, and the advantages of this rank's rollouts by
+        group. Raises RuntimeError when more rollouts failed to get a reward than `reward.max_error_share` allows.
         """
         batch = StepBatch.from_groups(scored, len(self._weights), self._device)
         failed = batch.rewards.isnan().any(dim=1)
@@ -322,8 +323,8 @@ class PolicyUpdater:
 
 
 def _pieces(group: TokenGroup, max_tokens: int) -> list[TokenGroup]:
-    """The group, or its completions in several groups where it exceeds the budget. Without a gradient that is exact, and only the prompt's
-    forward pass is repeated."""
+    """The group, or its completions in several groups where it exceeds the budget. Without a gradient that is exact,
+    and only the prompt's forward pass is repeated."""
     prompt, completions = group
     pieces: list[TokenGroup] = []
     used = max_tokens + 1
@@ -342,8 +343,8 @@ _SHARES_OF_THE_LOSS = ("policy/loss", "policy/surrogate")
 def _over_what_was_seen(
     metrics: StepMetrics, totals: Totals, trained: Totals, settings: AlgorithmConfig
 ) -> StepMetrics:
-    """Means over the tokens (or rollouts) that went through the model: skipped groups count in the loss's denominators, but nothing is known
-    of their tokens. Without any, only the loss is left."""
+    """Means over the tokens (or rollouts) that went through the model: skipped groups count in the loss's denominators,
+    but nothing is known of their tokens. Without any, only the loss is left."""
     kept = {name: value for name, value in metrics.items() if name in _SHARES_OF_THE_LOSS}
     if not trained.tokens:
         return kept
