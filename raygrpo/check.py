@@ -85,7 +85,7 @@ def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
         ("micro-batches", f"<= {passes}", f"of a learner in an update: {how}"),
         ("updates a step", f"{updates}", "algorithm.epochs x algorithm.mini_batches"),
         ("updates in all", f"{config.num_steps * updates:,}", ""),
-        ("staleness", f"<= {config.max_staleness}", "generating overlaps learning" if config.max_staleness else "on-policy"),
+        ("staleness", f"<= {config.max_staleness}", "0: on-policy; more: generating overlaps learning"),
         ("groups in flight", f"{(config.max_staleness + 1) * per_step:,}", "(max_staleness + 1) x groups_per_step"),
     ]  # fmt: skip
 
