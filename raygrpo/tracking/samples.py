@@ -44,7 +44,8 @@ def sample_table(
     for g, r in chosen:
         group, rollout, reward = groups[g].group, groups[g].group.rollouts[r], groups[g].rewards[r]
         prompt = group.prompt
-        first = [prompt.text, rollout.text, prompt.answer, readable(reward.total), readable(advantages[g][r])]
+        total = None if reward.error else readable(reward.total)
+        first = [prompt.text, rollout.text, prompt.answer, total, readable(advantages[g][r])]
         lengths = [rollout.finish_reason, len(rollout.completion_ids), len(prompt.prompt_ids)]
         origin = [group.policy_version, prompt.prompt_id, r, step, group.generator, reward.error]
         rows.append([*first, *map(readable, reward.components), *lengths, *origin])

@@ -59,8 +59,8 @@ def group_trace(
             "num_tokens": len(rollout.completion_ids),
             "finish_reason": rollout.finish_reason,
             "mean_logprob": readable(statistics.fmean(rollout.behaviour_logprobs or [0.0])),
-            "reward": readable(reward.total),
-            "components": [readable(value) for value in reward.components],
+            "reward": None if reward.error else readable(reward.total),
+            "components": dict(zip(components, map(readable, reward.components), strict=True)),
             "error": reward.error,
             "advantage": readable(advantage),
         }
@@ -80,7 +80,7 @@ def group_trace(
         "error": group.error,
         "generate_s": [group.generate_start_s, group.generate_end_s],
         "score_s": [scored.score_start_s, scored.score_end_s],
-        "components": components,
+        "weights": components,
         "rollouts": rollouts,
     }
 
@@ -164,9 +164,9 @@ class _TraceBuilder:
         outputs = {"completion": rollout["text"], "finish_reason": rollout["finish_reason"]}
         key, name = f"completion {i}", f"completion {i}: reward {_short(rollout['reward'])}"
         spans = [self._span(key, name, "group", "LLM", item["generate_s"], {"sample": i}, outputs, attributes, "")]
-        for component, score in zip(item["components"], rollout["components"], strict=True):
+        for component, score in rollout["components"].items():
             inputs = {"completion": rollout["text"], "answer": item["answer"]}
-            output = {"score": score, "weight": item["components"][component]}
+            output = {"score": score, "weight": item["weights"][component]}
             name, times_s = f"{key}/{component}", item["score_s"]
             spans.append(self._span(name, component, key, "EVALUATOR", times_s, inputs, output, {}, rollout["error"]))
         return spans
@@ -186,7 +186,8 @@ class _TraceBuilder:
             assessments.append(Expectation("answer", answer, source=source("data")))
         for i, rollout in enumerate(item["rollouts"]):
             span_id = self._span_id(f"completion {i}")
-            for (component, weight), score in zip(item["components"].items(), rollout["components"], strict=True):
+            for component, score in rollout["components"].items():
+                weight = item["weights"][component]
                 rationale = f"completion {i}: {component} gave {_short(score)}, which counts {weight:g} x"
                 assessments.append(_feedback(component, score, rollout["error"], source(component), span_id, rationale))
             rationale = f"completion {i}: weighted sum; advantage within its group {_short(rollout['advantage'])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -12,6 +13,7 @@ from raygrpo.tracking import Tracker
 from raygrpo.tracking.samples import sample_table
 from raygrpo.tracking.store import MlflowRun
 from raygrpo.tracking.traces import choose_groups, group_trace
+from raygrpo.types import Reward
 from tests.tracking.conftest import MakeConfig, Store, make_group
 
 WEIGHTS = {"exact_match": 1.0, "format": 0.2}
@@ -175,14 +177,31 @@ def test_a_step_trained_again_replaces_its_trace(configure: MakeConfig, tmp_path
 
 def test_a_reward_that_failed_shows_its_error(configure: MakeConfig, tmp_path: Path) -> None:
     scored = make_group(0, [[float("nan"), 1.0]])
+    failed = Reward(total=0.0, components=[float("nan"), 1.0], error="exact_match took longer than 30 s")
+    scored = dataclasses.replace(scored, rewards=[failed])
     item = group_trace(0, "best", scored, [0.0], WEIGHTS)
-    assert item["rollouts"][0]["components"] == [None, 1.0]
+    assert item["rollouts"][0]["components"] == {"exact_match": None, "format": 1.0}
+    table = sample_table(0, [scored], [[0.0]], list(WEIGHTS), 1, 0)
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert (row["reward"], row["error"]) == (None, "exact_match took longer than 30 s")
     tracker = Tracker(configure(), str(tmp_path / "run"))
     tracker.log_samples(0, [scored], [[0.0]])
     links = tracker.finish()
     (trace,) = find_traces(Store(links.tracking_uri), links)
-    (failed,) = [a for a in trace.info.assessments if a.name == "exact_match"]
-    assert "not a finite number" in failed.feedback.error.error_message + failed.feedback.error.error_code
+    for name, value in (("exact_match", None), ("format", 1.0), ("reward", None)):
+        (shown,) = [a for a in trace.info.assessments if a.name == name]
+        assert shown.feedback.value == value
+        assert "took longer than 30 s" in f"{shown.feedback.error.error_message} {shown.feedback.error.error_code}"
+
+
+def test_rewards_that_do_not_match_the_functions_are_said_at_once(
+    configure: MakeConfig, tmp_path: Path, caplog
+) -> None:
+    tracker = Tracker(configure(), str(tmp_path / "run"))
+    tracker.log_samples(0, [make_group(0, [[1.0, 0.0]]), make_group(1, [[1.0, 0.0]])], [[0.0, 0.0], [0.0]])
+    assert any("the samples of step 0 cannot be shown" in message for message in caplog.messages)
+    assert not list((tmp_path / "run").glob("spool/*"))
+    assert tracker.close(60)
 
 
 def test_samples_that_cannot_be_shown_do_not_stop_the_run(configure: MakeConfig, tmp_path: Path, caplog) -> None:
