@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,20 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 END, PAD = "<|end|>", "<|pad|>"
 SHARE_AS_ASKED = 0.25
+
+
+@dataclass(frozen=True)
+class Stage:
+    num_steps: int
+    batch_size: int
+    num_rows: int
+    instructions: bool  # or the bare list, which is cheap and teaches the same skill
+
+
+STAGES = [
+    Stage(num_steps=300, batch_size=64, num_rows=20, instructions=False),
+    Stage(num_steps=250, batch_size=32, num_rows=NUM_ROWS, instructions=True),
+]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -82,10 +97,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, num_rows: int) -> tuple[Tensor, int]:
-    """Token ids [size, T] of prompts and answers, and the length of a prompt: all are equally long, since every price is one token."""
-    examples = [draw_example(rng, num_rows) for _ in range(size)]
-    prompt_ids = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, stage: Stage) -> tuple[Tensor, int]:
+    """Token ids [batch, T] of prompts and answers, and the length of a prompt: all are equally long, since every price is one token."""
+    examples = [draw_example(rng, stage.num_rows) for _ in range(stage.batch_size)]
+    prompts = [prompt if stage.instructions else prompt.partition("\n\n")[2] for prompt, _ in examples]
+    prompt_ids = tokenizer(prompts)["input_ids"]
     answer_ids = tokenizer([f" {answer}{END}" for _, answer in examples])["input_ids"]
     return torch.tensor([p + a for p, a in zip(prompt_ids, answer_ids, strict=True)]), len(prompt_ids[0])
 
@@ -97,33 +113,31 @@ def answer_losses(model: Qwen3ForCausalLM, ids: Tensor, prompt_length: int) -> T
     return torch.nn.functional.cross_entropy(model.lm_head(hidden).mT, targets, reduction="none")
 
 
-def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: list[int], batch_size: int, lr: float) -> None:
-    """Short lists first, because they are cheap and the skill is the same; the learning rate falls over the last 40 % of the steps."""
+def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, stages: list[Stage], lr: float) -> None:
+    """AdamW; the learning rate falls linearly over the last half of the steps."""
     rng = random.Random(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stages = [num_rows for num_rows, n in zip((12, NUM_ROWS), steps, strict=True) for _ in range(n)]
-    for step, num_rows in enumerate(stages):
-        remaining = 1 - step / len(stages)
+    steps = [stage for stage in stages for _ in range(stage.num_steps)]
+    for step, stage in enumerate(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 30, max(0.03, remaining / 0.4))
-        losses = answer_losses(model, *draw_batch(tokenizer, rng, batch_size, num_rows))
+            group["lr"] = lr * min(1, (step + 1) / 30, max(0.02, 2 - 2 * step / len(steps)))
+        losses = answer_losses(model, *draw_batch(tokenizer, rng, stage))
         optimizer.zero_grad()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1} of {len(stages)}: {num_rows} rows, loss {losses.mean():.3f}", flush=True)
+            print(f"step {step + 1} of {len(steps)}: {stage.num_rows} rows, loss {losses.mean():.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where model and tokenizer are written")
-    parser.add_argument("--steps", type=int, nargs=2, default=[400, 300], help="steps with short lists and with lists as in the task")
     arguments = parser.parse_args()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{model.num_parameters()} parameters, vocabulary {len(tokenizer)}")
-    warm_start(model, tokenizer, arguments.steps, batch_size=64, lr=3e-3)
+    warm_start(model, tokenizer, STAGES, lr=3e-3)
     model.save_pretrained(arguments.directory)
     tokenizer.save_pretrained(arguments.directory)
 
