@@ -10,7 +10,7 @@ Shapes: R rollouts of this rank's groups, S their completion tokens, K reward fu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class StepBatch:
     truncated: Tensor  # [R] bool: cut off at the length limit
     rollout_index: Tensor  # [S] int64, into R
     behaviour_logprobs: Tensor  # [S] float32
+    error: str = ""  # of the first group that could not be generated
 
     @classmethod
     def from_groups(cls, scored: Sequence[ScoredGroup], num_components: int, device: torch.device) -> StepBatch:
@@ -76,9 +77,10 @@ class StepBatch:
             truncated=torch.tensor([rollout.finish_reason == "length" for rollout in rollouts], dtype=torch.bool),
             rollout_index=torch.arange(len(rollouts)).repeat_interleave(lengths),
             behaviour_logprobs=torch.tensor(behaviour, dtype=torch.float32),
+            error=next((s.group.error for s in scored if s.group.error), ""),
         )
         tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-        return cls(**{"groups": batch.groups, **tensors})
+        return replace(batch, **tensors)
 
     def tokens_of(self, groups: Tensor) -> Tensor:
         """[s] indices of the completion tokens of these groups (positions in `groups`, ascending)."""
@@ -140,11 +142,13 @@ class PolicyUpdater:
         for epoch in range(self._settings.epochs):
             for mini_batch in range(self._settings.mini_batches):
                 update = (step * self._settings.epochs + epoch) * self._settings.mini_batches + mini_batch
-                members = list(range(mini_batch, len(batch.groups), self._settings.mini_batches))
+                # Consecutive groups: the stream deals tickets round robin, so they are the same on any number of ranks.
+                size = len(batch.groups) // self._settings.mini_batches
+                members = list(range(mini_batch * size, (mini_batch + 1) * size))
                 parts.append(self._one_update(update, members, batch, mask, advantages, old_logprobs, ref_logprobs))
         for name in dict.fromkeys(name for part in parts for name in part):
             values = [part[name] for part in parts if name in part]
-            metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+            metrics.setdefault(name, max(values) if name.endswith("_max") else sum(values) / len(values))
         if self._settings.kl.target is not None:
             metrics["policy/kl_coef"] = self.kl_coef
             num_rollouts = int(metrics["completions/num"])
@@ -189,12 +193,10 @@ class PolicyUpdater:
             whole[:, :num_components],
             whole[:, num_components:].T,
         )
-        weighted = torch.cat([rewards, extra_w[:, None]], dim=1)
-        weights = torch.cat([self._weights, torch.ones(1, dtype=torch.float64)])
-        if not self._settings.advantage.per_reward or not extra_w.any():
-            # One column more would be one more reward to normalise; without penalties there is nothing in it.
-            weighted = torch.cat([rewards, extra_w[:, None]], dim=1) if extra_w.any() else rewards
-            weights = weights[: weighted.shape[1]]
+        weighted, weights = rewards, self._weights
+        if extra_w.any():  # with advantages per reward, a column without penalties would be one more to normalise
+            weighted = torch.cat([rewards, extra_w[:, None]], dim=1)
+            weights = torch.cat([weights, weights.new_ones(1)])
         advantages = compute_advantages(
             weighted,
             tickets.long(),
@@ -207,7 +209,9 @@ class PolicyUpdater:
         for k, function in enumerate(self._reward.functions):
             valid = rewards[:, k][rewards[:, k].isfinite()]
             metrics[f"reward/{function.metric_name}"] = float(valid.mean()) if len(valid) else 0.0
-        share = float(totals.isnan().double().mean()) if len(totals) else 1.0
+        if not len(totals):
+            raise RuntimeError("no group of the step could be generated" + f": {batch.error}" * bool(batch.error))
+        share = float(totals.isnan().double().mean())
         if share > self._reward.max_error_share:
             raise RuntimeError(
                 f"{share:.0%} of the step's {len(totals)} rollouts failed to get a reward, more than "
@@ -345,7 +349,7 @@ def _over_what_was_seen(
 ) -> StepMetrics:
     """Means over the tokens (or rollouts) that went through the model: skipped groups count in the loss's denominators,
     but nothing is known of their tokens. Without any, only the loss is left."""
-    kept = {name: value for name, value in metrics.items() if name in _SHARES_OF_THE_LOSS}
+    kept = {name: metrics.get(name, 0.0) for name in _SHARES_OF_THE_LOSS}
     if not trained.tokens:
         return kept
     per_rollout = settings.correction.level in ("sequence", "sequence_mean")
