@@ -108,7 +108,7 @@ def deliver_trace(client: MlflowClient, experiment_id: str, run_id: str, item: I
             client_request_id=f"step {item['step']}, ticket {item['ticket']}",
             trace_metadata={
                 TraceMetadataKey.SOURCE_RUN: run_id,
-                TraceMetadataKey.TRACE_SESSION: f"prompt {item['prompt_id']}, run {run_id[:8]}",
+                TraceMetadataKey.TRACE_SESSION: f"#{item['prompt_id']} of run {run_id[:8]}",
             },
             tags={
                 TraceTagKey.TRACE_NAME: f"step {item['step']}: {item['why']} group",

@@ -130,7 +130,7 @@ def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
     traces = find_traces(store, links)
     best, worst = sorted(traces, key=lambda trace: trace.info.tags["group"])
     assert (best.info.tags["mlflow.traceName"], best.info.tags["step"]) == ("step 4: best group", "4")
-    assert best.info.trace_metadata["mlflow.trace.session"] == f"prompt 108, run {links.run_id[:8]}"
+    assert best.info.trace_metadata["mlflow.trace.session"] == f"#108 of run {links.run_id[:8]}"
     assert (best.info.request_time, best.info.execution_duration) == (1_008_000, 3_000)
     assert json.loads(best.info.trace_metadata["mlflow.trace.tokenUsage"])["output_tokens"] == 1 + 2 + 3 + 4
 
