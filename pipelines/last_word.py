@@ -24,7 +24,7 @@ WORDS = (
 NUM_WORDS = 4
 
 SYSTEM = "Answer briefly."
-QUESTION = "What is the last word of this list? {words}"
+QUESTION = "Last word: {words}"
 EXAMPLES = (
     "hill stone music paint",
     "dream cat road snow",
