@@ -82,8 +82,7 @@ def make_engine(
     thread, which must also be the one that uses the engine.
     """
     # Read when torch loads OpenMP. Threads that spin while they wait for one another take the cores from other
-    # processes, and these from them: on two cores with a learner beside it, vLLM with two threads sampled 10 times
-    # slower.
+    # processes: on two busy cores vLLM with two threads sampled 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     hide_broken_packages()
     if generator.engine == "vllm":
