@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 26  # logits of one chunk
+# Rows whose logits exist at a time: enough to keep a device busy with one product of [rows, d] and [d, V].
+_CHUNK_ROWS = {"cpu": 512, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class HeadRequest:
     temperature: float = 1.0
     entropy: bool = False
     transform: LogitTransform = LogitTransform()
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_rows: int | None = None  # None: what suits the device
 
 
 def token_logprobs(
@@ -63,7 +64,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, request: HeadRequest):
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        chunk_rows = max(1, request.chunk_bytes // (weight.shape[0] * precision.itemsize))
+        chunk_rows = request.chunk_rows or _CHUNK_ROWS.get(hidden.device.type, 1024)
         chunks = list(_chunks(rows, hidden.shape[0], chunk_rows))
         logprobs = torch.empty(rows.shape, dtype=precision, device=hidden.device)
         entropy = torch.empty_like(logprobs) if request.entropy else None
@@ -85,8 +86,8 @@ class _ChunkedHead(torch.autograd.Function):
         request, (need_hidden, need_weight, need_bias, *_) = ctx.request, ctx.needs_input_grad
         # Chunks are summed in float32 at least: bfloat16 would lose the small ones.
         precision = torch.promote_types(weight.dtype, torch.float32)
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=precision) if need_weight else None
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = None
         d_bias = torch.zeros_like(bias, dtype=precision) if need_bias else None
         for span, tokens in ctx.chunks:
             if span.stop == hidden.shape[0]:
@@ -106,13 +107,13 @@ class _ChunkedHead(torch.autograd.Function):
             if need_hidden:
                 torch.mm(d_logits, weight, out=d_hidden[span])
             if need_weight:
-                _add_product(d_weight, d_logits.T, hidden[span])
+                d_weight = _plus_product(d_weight, d_logits.T, hidden[span], precision)
             if need_bias:
                 d_bias += d_logits.sum(0, dtype=precision)
         return (
             d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
+            _like(weight, d_weight) if need_weight else None,
+            _like(bias, d_bias) if need_bias else None,
             None, None, None,
         )  # fmt: skip
 
@@ -160,9 +161,13 @@ def _sum_by_row(values: Tensor, local: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(like.shape[0]).index_add_(0, local, values).unsqueeze(-1)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may have a wider type."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, precision: torch.dtype) -> Tensor:
+    """total + a @ b in the given precision, in place where it can."""
+    if total is None:
+        return (a @ b).to(precision)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+
+
+def _like(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    """A gradient in its parameter's type; zero where no row was scored."""
+    return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)

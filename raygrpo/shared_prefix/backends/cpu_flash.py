@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import groupby
 
 import torch
@@ -27,37 +26,45 @@ class CpuFlash:
         return None
 
     def forward(self, q, k, v, *, call: AttentionCall, causal, scale, window, softcap) -> tuple[Tensor, Tensor]:
+        runs = _runs(call)
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for q_rows, k_rows, blocks in _runs(call):
+        for q_rows, k_rows, blocks in runs:
             inputs = [_blocks(x, rows, blocks) for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows))]
             is_causal, mask = _causality(inputs[0], inputs[1], causal, window)
             part, part_lse = _forward(*inputs, 0.0, is_causal, attn_mask=mask, scale=scale)
+            if len(runs) == 1:
+                return _rows(part), _rows(part_lse)
             out[q_rows], lse[q_rows] = _rows(part), _rows(part_lse)
         return out, lse
 
     def backward(
         self, d_out, q, k, v, out, lse, *, call: AttentionCall, causal, scale, window, softcap
     ) -> tuple[Tensor, Tensor, Tensor]:
+        runs = _runs(call)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for q_rows, k_rows, blocks in _runs(call):
+        for q_rows, k_rows, blocks in runs:
             pairs = ((d_out, q_rows), (q, q_rows), (k, k_rows), (v, k_rows), (out, q_rows), (lse, q_rows))
             inputs = [_blocks(x, rows, blocks) for x, rows in pairs]
             is_causal, mask = _causality(inputs[1], inputs[2], causal, window)
             parts = _backward(*inputs, 0.0, is_causal, attn_mask=mask, scale=scale)
+            if len(runs) == 1 and k_rows.stop - k_rows.start == len(k):
+                return tuple(_rows(part) for part in parts)
             dq[q_rows], dk[k_rows], dv[k_rows] = (_rows(part) for part in parts)
         return dq, dk, dv
 
 
-def _runs(call: AttentionCall) -> Iterator[tuple[slice, slice, int]]:
+def _runs(call: AttentionCall) -> list[tuple[slice, slice, int]]:
     """Query rows, key rows and number of blocks, for each run of neighbouring blocks of equal lengths."""
+    runs = []
     q_row = k_row = 0
     for (q_len, k_len), run in groupby(zip(call.q_lens, call.k_lens, strict=True)):
         blocks = sum(1 for _ in run)
         q_rows, k_rows = slice(q_row, q_row + blocks * q_len), slice(k_row, k_row + blocks * k_len)
         q_row, k_row = q_rows.stop, k_rows.stop
         if q_len:
-            yield q_rows, k_rows, blocks
+            runs.append((q_rows, k_rows, blocks))
+    return runs
 
 
 def _causality(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[bool, Tensor | None]:

@@ -1,0 +1,253 @@
+"""How fast and how small the shared-prefix forward and backward are, against the ways to do without.
+
+A tiny Qwen3 (hidden 256, 4 layers, vocabulary 4096) on one thread, in CPU time. All methods see the same tokens; every
+step has new tokens and new ragged lengths (half to one and a half of the mean); methods are interleaved step by step in
+one process, so that whatever else the machine does hits all alike; ratios are taken within a step, then the median.
+
+    U = (t_packed / t_shared) / (FLOP_packed / FLOP_shared)
+
+is how much of the speed-up that cost.py allows is reached: 1 where the code is as efficient as packed sequences are.
+On a machine with CUDA, gpu_ladder.py adds real model shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json as json_format
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from raygrpo.bench.forward_methods import METHODS
+from raygrpo.bench.memory import PeakMemory, saved_bytes
+from raygrpo.bench.tables import table
+from raygrpo.shared_prefix import enable_shared_prefix
+from raygrpo.shared_prefix.cost import ModelShape, speedup_limit
+from raygrpo.shared_prefix.layout import Group
+
+VOCABULARY = 4096
+STREAM_TOKENS = 2048  # a step holds as many groups as a stream of that size does, as a learner's would
+
+
+@dataclass(frozen=True)
+class Point:
+    """Prompt length, mean completion length, completions per prompt."""
+
+    prompt: int
+    completion: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One point. speedup: of the shared method over each. seconds: median CPU time of a forward and backward. saved,
+    peak: bytes. Differences are from the packed method: of any log-probability, and of any gradient relative to that
+    parameter's largest entry."""
+
+    point: Point
+    num_groups: int
+    limit: float
+    utilisation: float
+    speedup: dict[str, float]
+    seconds: dict[str, float]
+    saved: dict[str, int]
+    peak: dict[str, int]
+    logprob_difference: dict[str, float]
+    gradient_difference: dict[str, float]
+
+
+GRID = [Point(p, p // ratio, g) for p in (256, 1024, 2048) for ratio in (1, 4, 16) for g in (4, 8, 16)]
+QUICK = [Point(256, 256, 4), Point(256, 64, 4), Point(256, 16, 8), Point(512, 32, 8)]
+SWEEP = [Point(1024, 64, g) for g in (1, 2, 4, 8, 16, 32)]
+MARK = Point(1024, 64, 16)  # where saved bytes are compared
+
+
+def main(json: bool = False, quick: bool = False) -> None:
+    """Print the tables, or one JSON document. quick: four points, in about a minute."""
+    results = run(quick=quick, progress=not json)
+    if json:
+        print(json_format.dumps(results, indent=1))
+
+
+def run(*, quick: bool = False, progress: bool = False) -> dict:
+    """All measurements as plain data; with progress, tables are printed as they grow."""
+    methods = [name for name in METHODS if name != "prefix-grouper" or importlib.util.find_spec("prefix_grouper")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = tiny_qwen3()
+        points, steps, stream_tokens = (QUICK, 3, 1) if quick else (GRID, 5, STREAM_TOKENS)
+        grid = [measure(model, point, methods, steps=steps, stream_tokens=stream_tokens) for point in points]
+        if progress:
+            print(_grid_table(grid), "\n", _marks(grid), sep="\n")
+        sweep = [] if quick else [measure(model, p, ["shared", "packed"], steps=5, stream_tokens=1) for p in SWEEP]
+        if progress and sweep:
+            print("\nCost of one group as it grows\n\n" + _sweep_table(sweep))
+    finally:
+        torch.set_num_threads(threads)
+    ladder = []
+    if torch.cuda.is_available():
+        from raygrpo.bench import gpu_ladder
+
+        ladder = gpu_ladder.run(quick=quick, progress=progress)
+    elif progress:
+        print("\nNo CUDA device: the ladder of real model shapes did not run.")
+    return {"grid": [asdict(m) for m in grid], "sweep": [asdict(m) for m in sweep], "ladder": ladder}
+
+
+def tiny_qwen3() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).train()
+    enable_shared_prefix(model)
+    return model
+
+
+def measure(
+    model: PreTrainedModel, point: Point, methods: Sequence[str], *, steps: int, stream_tokens: int
+) -> Measurement:
+    """`steps` timed steps of every method, after one that warms up, compares results and measures memory.
+
+    The padded method is timed in the first step only: it is the slowest, and no mark depends on it.
+    """
+    generator = torch.Generator().manual_seed(hash(point) % 2**31)
+    num_groups = max(1, stream_tokens // (point.prompt + point.group_size * point.completion))
+    shape = ModelShape.from_config(model.config)
+    steps_groups = [_draw(point, num_groups, generator) for _ in range(steps + 1)]
+    first = {name: _examine(model, name, steps_groups[0]) for name in methods}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    limits = []
+    for step, groups in enumerate(steps_groups[1:]):
+        limits.append(speedup_limit(shape, [(len(prompt), [len(m) for m in members]) for prompt, members in groups]))
+        for name in methods:
+            if name != "padded" or step == 0:
+                seconds[name].append(_time(model, name, groups))
+
+    def over(name: str) -> list[float]:
+        return [other / ours for other, ours in zip(seconds[name], seconds["shared"], strict=False)]
+
+    return Measurement(
+        point=point,
+        num_groups=num_groups,
+        limit=median(limits),
+        utilisation=median(ratio / limit for ratio, limit in zip(over("packed"), limits, strict=True)),
+        speedup={name: median(over(name)) for name in methods},
+        seconds={name: median(values) for name, values in seconds.items()},
+        saved={name: examined.saved for name, examined in first.items()},
+        peak={name: examined.peak for name, examined in first.items()},
+        logprob_difference={
+            name: (examined.logprobs - first["packed"].logprobs).abs().max().item() for name, examined in first.items()
+        },
+        gradient_difference={
+            name: _gradient_difference(examined.gradients, first["packed"].gradients)
+            for name, examined in first.items()
+        },
+    )
+
+
+def _draw(point: Point, num_groups: int, generator: torch.Generator) -> list[Group]:
+    def ids(length: int) -> list[int]:
+        return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
+
+    shortest, longest = max(1, point.completion // 2), point.completion + point.completion // 2
+    groups = []
+    for _ in range(num_groups):
+        lengths = torch.randint(shortest, longest + 1, (point.group_size,), generator=generator).tolist()
+        groups.append((ids(point.prompt), [ids(length) for length in lengths]))
+    return groups
+
+
+@dataclass(frozen=True)
+class _Examined:
+    logprobs: Tensor
+    gradients: dict[str, Tensor]
+    saved: int
+    peak: int
+
+
+def _examine(model: PreTrainedModel, name: str, groups: Sequence[Group]) -> _Examined:
+    """One step with its results and its memory; gradients that accumulate count as memory, parameters do not."""
+    forward = METHODS[name].prepare(model, groups)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    with PeakMemory() as memory:
+        logprobs, saved = saved_bytes(forward, model.parameters())
+        (-logprobs.mean()).backward()
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    return _Examined(logprobs.detach(), gradients, saved, memory.peak)
+
+
+def _time(model: PreTrainedModel, name: str, groups: Sequence[Group]) -> float:
+    """CPU seconds of one forward and backward."""
+    forward = METHODS[name].prepare(model, groups)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    start = time.process_time()
+    (-forward().mean()).backward()
+    return time.process_time() - start
+
+
+def _gradient_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(((actual[key] - g).abs().max() / g.abs().max()).item() for key, g in expected.items())
+
+
+def _grid_table(grid: Sequence[Measurement]) -> str:
+    others = [name for name in grid[0].seconds if name != "shared"]
+    header = ["Lp", "Lr", "G", "groups", "limit", *(f"x {name}" for name in others), "U"]
+    header += ["saved MB", *(f"saved {name}" for name in others), "peak MB", *(f"peak {name}" for name in others)]
+    header += ["d logprob", "d gradient"]
+    rows = []
+    for m in grid:
+        row = [m.point.prompt, m.point.completion, m.point.group_size, m.num_groups]
+        cells = [str(cell) for cell in row] + [f"{m.limit:.2f}"]
+        cells += [f"{m.speedup[name]:.2f}" for name in others] + [f"{m.utilisation:.3f}"]
+        for sizes in (m.saved, m.peak):
+            cells += [f"{sizes[name] / 1e6:.0f}" for name in ("shared", *others)]
+        cells += [f"{m.logprob_difference['shared']:.0e}", f"{m.gradient_difference['shared']:.0e}"]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def _marks(grid: Sequence[Measurement]) -> str:
+    """The figures that this package is held to."""
+    use = [m.utilisation for m in grid]
+    lines = [f"U: median {median(use):.3f}, lowest {min(use):.3f} (marks: 0.95, 0.85)"]
+    over = [m.speedup["prefix-grouper"] for m in grid if "prefix-grouper" in m.speedup]
+    if over:
+        mean = math.exp(sum(map(math.log, over)) / len(over))
+        lines.append(f"against prefix-grouper: geometric mean {mean:.2f}x, lowest {min(over):.2f}x (marks: 1.25, 0.97)")
+    else:
+        lines.append("prefix-grouper is not installed: pip install --no-deps prefix-grouper")
+    for m in grid:
+        if m.point == MARK and "prefix-grouper" in m.saved:
+            ratio = m.saved["shared"] / m.saved["prefix-grouper"]
+            lines.append(f"bytes saved for backward at {MARK}: {ratio:.3f} of prefix-grouper's (mark: 0.75)")
+    return "\n".join(lines)
+
+
+def _sweep_table(sweep: Sequence[Measurement]) -> str:
+    one = sweep[0].seconds["shared"] / sweep[0].num_groups
+    rows = []
+    for m in sweep:
+        cost = m.seconds["shared"] / m.num_groups
+        rows.append([str(m.point.group_size), f"{cost * 1e3:.0f}", f"{cost / one:.2f}", f"{m.speedup['packed']:.2f}",
+                     f"{m.limit:.2f}", f"{m.utilisation:.3f}"])  # fmt: skip
+    return table(["G", "ms a group", "x of G = 1", "x packed", "limit", "U"], rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--quick", action="store_true", help="four points, in about a minute")
+    main(**vars(parser.parse_args()))
