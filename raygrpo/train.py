@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
 from raygrpo.prepare import PreparedRun, required_resources
+from raygrpo.summary import summarise
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The gate admits what a healthy generator can serve at once; one that lacks the version has restarted unnoticed.
+VERSION_TIMEOUT_S = 10.0
 POLL_S = 0.5  # between looks at the run's progress
 CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
@@ -90,8 +93,10 @@ def train(
             status = "KILLED"
             raise
         finally:
-            links = ray.get(tracker.finish.remote(status))
-        history = ray.get(tracker.history.remote())
+            history = ray.get(tracker.history.remote())
+            links = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
+            for actor in (*generators.values(), controller, tracker):
+                ray.kill(actor)  # on a cluster that goes on after us
     return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
 
 
@@ -166,7 +171,13 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
 
     from raygrpo.tracking import Tracker
 
-    actor = ray.remote(Tracker).options(name=f"{run_dir.name}-tracker", num_cpus=0, max_concurrency=4)
+    actor = ray.remote(Tracker).options(
+        name=f"{run_dir.name}-tracker",
+        num_cpus=0,
+        max_concurrency=4,
+        max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
+        max_task_retries=-1,
+    )
     tracker = actor.remote(config, str(run_dir), resume_command=resume_command)
     ray.get(tracker.start.remote())
     return tracker
@@ -190,7 +201,13 @@ def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHa
             max_restarts=-1,
             max_task_retries=0,
         )
-        generators[name] = actor.remote(name, config.model, config.generator, max_model_len=prepared.max_model_len)
+        generators[name] = actor.remote(
+            name,
+            config.model,
+            config.generator,
+            max_model_len=prepared.max_model_len,
+            version_timeout_s=VERSION_TIMEOUT_S,
+        )
     return generators
 
 
