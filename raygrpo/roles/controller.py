@@ -27,6 +27,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.exceptions import ActorDiedError
+
 from raygrpo.data import PromptSet, sample_seed
 from raygrpo.types import Prompt
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOAD_DEADLINE_S = 600.0  # for one generator to load a version; later it counts as failed and is restarted
+REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
 MAX_ATTEMPTS = 3  # generators tried for one ticket before its group is emitted with an error
 
 
@@ -97,8 +100,13 @@ class RolloutController:
         self._num_streams = 0
         self._active_stream = -1
         self._first_ticket = 0  # of the current segment
-        self._weights: list[ray.ObjectRef] = []  # of self._version; a restarted generator loads them
+        self._target = -1  # version of the latest publish, which may be under way: who is to be healthy must hold it
+        self._weights: list[ray.ObjectRef] = []  # of self._target; a restarted generator loads them
+        self._loading = {
+            name: asyncio.Lock() for name in generators
+        }  # one at a time: a generator refuses a version twice
         self._healthy = set(generators)
+        self._dead: dict[str, str] = {}  # generators that Ray does not restart (their constructor fails) -> why
         self._outstanding: dict[str, int] = dict.fromkeys(generators, 0)
         self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
         self._num_generator_failures = 0
@@ -117,7 +125,7 @@ class RolloutController:
         number."""
         self._attempt = max(self._attempt + 1, at_least)
         async with self._changed:
-            self._version = -1
+            self._version = self._target = -1
             self._active_stream = -1
             self._outstanding = dict.fromkeys(self._generators, 0)
             self._changed.notify_all()
@@ -134,7 +142,8 @@ class RolloutController:
     async def claim(self, stream: int, row: int, replacement: int = 0) -> Claim:
         """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
 
-        replacement k > 0: the ticket's k-th other prompt (dynamic sampling).
+        replacement k > 0: the ticket's k-th other prompt (dynamic sampling). Raises RuntimeError when no generator is
+        left that could come back.
         """
         if stream != self._active_stream:
             return _fenced(row)
@@ -151,10 +160,12 @@ class RolloutController:
             )
         async with self._changed:
             await self._changed.wait_for(
-                lambda: stream != self._active_stream or (self._admits(ticket) and self._healthy)
+                lambda: stream != self._active_stream or self._all_dead or (self._admits(ticket) and self._healthy)
             )
             if stream != self._active_stream:
                 return _fenced(row)
+            if self._all_dead:
+                raise RuntimeError(self._cause_of_death)
             name = min(sorted(self._healthy), key=self._outstanding.__getitem__)
             self._outstanding[name] += 1
         return Claim(
@@ -167,7 +178,8 @@ class RolloutController:
         )
 
     def _admits(self, ticket: int) -> bool:
-        return ticket < (self._version + self._max_staleness + 1) * self._groups_per_step
+        bound = (self._version + self._max_staleness + 1) * self._groups_per_step
+        return self._version >= 0 and ticket < bound  # before the first publish generators may hold anything
 
     async def release(self, stream: int, ticket: int, generator_name: str, generator_error: str | None) -> None:
         """A claimed ticket came back from its generator: with a group (no error), or because the generator failed."""
@@ -185,38 +197,65 @@ class RolloutController:
         """Give every healthy generator the packed weights, then open the gate for `version`.
 
         weights: one reference in a list, so that Ray passes the reference and each node pulls the bytes once.
-        Raises RuntimeError when no generator could load them.
+        While all generators restart, waits for the first. Raises RuntimeError when no generator can load them.
         """
         start_s = time.time()
-        self._weights = weights
+        self._target, self._weights = version, weights
         names = sorted(self._healthy)
-        results = await asyncio.gather(*(self._load(name, version) for name in names), return_exceptions=True)
-        failed = [name for name, result in zip(names, results, strict=True) if isinstance(result, BaseException)]
+        results = await asyncio.gather(*(self._load(name) for name in names), return_exceptions=True)
+        acks, failed = [], {}
         for name, result in zip(names, results, strict=True):
-            if isinstance(result, BaseException):
-                self._warn(f"{name} did not load version {version}: {_last_line(result)}")
-        if len(failed) == len(names):
-            reason = _last_line(results[0]) if results else "none is healthy"
-            raise RuntimeError(f"no generator loaded version {version}: {reason}")
+            if not isinstance(result, BaseException):
+                acks.append(result)
+                continue
+            failed[name] = result
+            self._warn(f"{name} did not load version {version}: {_last_line(result)}")
+            self._quarantine(name)
+        if not acks:
+            await self._wait_for_a_revival(version, failed)
         async with self._changed:
             self._version = version
             self._changed.notify_all()
-        for name in failed:
-            self._quarantine(name)
-        acks = [result for result in results if not isinstance(result, BaseException)]
         return PublishReport(
             version=version,
-            num_bytes=acks[0].num_bytes,
+            num_bytes=max((ack.num_bytes for ack in acks), default=0),
             seconds=time.time() - start_s,
             end_s=time.time(),
-            num_generators=len(acks),
-            failed=failed,
+            num_generators=len(self._healthy),
+            failed=list(failed),
             generator_failures=self._num_generator_failures,
         )
 
-    async def _load(self, name: str, version: int) -> WeightsAck:
-        reply = self._generators[name].load_weights.remote(version, self._weights, attempt=self._attempt)
-        return await asyncio.wait_for(reply, LOAD_DEADLINE_S)
+    async def _wait_for_a_revival(self, version: int, failed: dict[str, BaseException]) -> None:
+        """Until a generator came back with the version, which _revive sees to. Raises RuntimeError when that is
+        hopeless (all refuse the weights, or are dead) or takes too long."""
+        reason = "; ".join(_last_line(error) for error in failed.values()) or "all are restarting"
+        if failed and all(isinstance(error, ValueError) for error in failed.values()):
+            raise RuntimeError(f"no generator loaded version {version}: {reason}")
+        async with self._changed:
+            try:
+                async with asyncio.timeout(LOAD_DEADLINE_S):
+                    await self._changed.wait_for(lambda: self._healthy or self._all_dead)
+            except TimeoutError:
+                raise RuntimeError(
+                    f"no generator loaded version {version} within {LOAD_DEADLINE_S:g} s: {reason}"
+                ) from None
+        if self._all_dead:
+            raise RuntimeError(self._cause_of_death)
+
+    @property
+    def _all_dead(self) -> bool:
+        return len(self._dead) == len(self._generators)
+
+    @property
+    def _cause_of_death(self) -> str:
+        return "no generator is left: " + "; ".join(f"{name}: {reason}" for name, reason in self._dead.items())
+
+    async def _load(self, name: str) -> WeightsAck:
+        """Load what is the latest version now."""
+        attempt, version, weights = self._attempt, self._target, self._weights
+        async with asyncio.timeout(LOAD_DEADLINE_S), self._loading[name]:
+            return await self._generators[name].load_weights.remote(version, weights, attempt=attempt)
 
     def _quarantine(self, name: str) -> None:
         """No more claims for this generator until it has loaded the current version again (Ray restarts a dead
@@ -230,23 +269,28 @@ class RolloutController:
         task.add_done_callback(self._revivals.discard)
 
     async def _revive(self, name: str) -> None:
+        """Load the latest version, again and again until that is still the latest when it is loaded."""
         while True:
-            attempt, version = self._attempt, self._version
-            if version < 0:  # an attempt begins: its first publish is for healthy generators, we load it after
+            attempt, version = self._attempt, self._target
+            if version < 0:  # an attempt begins
                 await asyncio.sleep(0.1)
                 continue
             try:
-                await self._load(name, version)
+                await self._load(name)
+            except ActorDiedError as error:
+                self._warn(f"{name} cannot be started: {_last_line(error)}")
+                self._dead[name] = _last_line(error)
+                break
             except Exception as error:
                 logger.warning("%s is not back yet: %s", name, _last_line(error))
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(REVIVAL_PAUSE_S)
                 continue
-            if (attempt, version) == (self._attempt, self._version):  # else: a publish came between; load that one too
+            if (attempt, version) == (self._attempt, self._target):
+                self._healthy.add(name)  # without an await since the check: the next publish will count on it
+                self._warn(f"{name} is back, with version {version}")
                 break
         async with self._changed:
-            self._healthy.add(name)
             self._changed.notify_all()
-        self._warn(f"{name} is back, with version {self._version}")
 
     async def status(self, first_warning: int = 0) -> ControllerStatus:
         return ControllerStatus(version=self._version, warnings=self._warnings[first_warning:])
