@@ -250,6 +250,10 @@ def _attention(
         raise UnsupportedModelError(
             f"{name} " + ("does not pass keyword arguments on to attention" if run is None else "makes its own masks")
         )
+    if query.shape[1] % key.shape[1]:
+        raise UnsupportedModelError(
+            f"{name} has {query.shape[1]} query heads for {key.shape[1]} key heads; they must be a multiple"
+        )
     if dropout:
         raise UnsupportedModelError(f"{name} drops out attention with p = {dropout}; set it to 0 in the config")
     if s_aux is not None:

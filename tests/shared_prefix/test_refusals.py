@@ -178,3 +178,10 @@ def test_half_precision_passes_its_own_self_check(dtype, architecture):
         model = tiny_model(architecture, dtype, seed=seed, initializer_range=0.05)
         enable_shared_prefix(model)
         completion_logprobs(model, SharedPrefixBatch.from_groups(ragged_groups(seed)))
+
+
+def test_head_counts_that_do_not_divide():
+    model = tiny_model("qwen3", num_key_value_heads=8)
+    enable_shared_prefix(model)
+    with pytest.raises(UnsupportedModelError, match="4 query heads for 8 key heads"):
+        completion_logprobs(model, SharedPrefixBatch.from_groups(ragged_groups()))
