@@ -144,6 +144,8 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
         "log_to_driver": verbose,
     }
     if not os.environ.get("RAY_ADDRESS"):
+        # Ray warns about more processes than it expects to start at a time, which by default is the number of cores.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     ray.init(**options)
     try:
@@ -160,6 +162,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
         "DEEPSPEED_TIMEOUT": "120",  # minutes
         "DS_LOG_LEVEL": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin would take the cores from the other roles
     }
     if config.learner.num_gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -46,13 +46,6 @@ def packed(models: list[Any]) -> list[PackedWeights]:
     return [pack(model.named_parameters()) for model in models]
 
 
-@pytest.fixture(scope="module")
-def small_ray() -> Any:
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def settings(path: Path, *, engine: str = "transformers", max_groups: int = 4, max_tokens: int = 12) -> dict[str, Any]:
     return dict(
         name="generator-0",
@@ -158,7 +151,7 @@ def test_bad_weights_are_refused_and_the_generator_goes_on(paths, models, packed
     async def main() -> None:
         generator = Generator(**settings(paths[0]))
         await generator.load_weights(1, packed[1])
-        with pytest.raises(ValueError, match="serves version 1; version 0 is older"):
+        with pytest.raises(ValueError, match="serves version 1 of attempt 0: version 0 of attempt 0 is older"):
             await generator.load_weights(0, packed[0])
         first = packed[2].data[0].copy()
         first[1000] ^= 4
@@ -171,6 +164,23 @@ def test_bad_weights_are_refused_and_the_generator_goes_on(paths, models, packed
         group = await generator.generate(0, PROMPT, [1, 2], 1)
         assert group.policy_version == 1
         assert logprob_error(models[1], group) < TOLERANCE
+
+    asyncio.run(main())
+
+
+def test_a_later_attempt_of_the_learners_replaces_what_an_earlier_one_published(paths, models, packed):
+    """A gang that resumed from version 1 publishes version 2 anew, with other weights: they must be loaded."""
+
+    async def main() -> None:
+        generator = Generator(**settings(paths[0]))
+        await generator.load_weights(3, packed[1], attempt=0)
+        ack = await generator.load_weights(2, packed[2], attempt=1)
+        assert (ack.version, ack.num_bytes) == (2, packed[2].num_bytes)
+        with pytest.raises(ValueError, match="serves version 2 of attempt 1: version 4 of attempt 0 is older"):
+            await generator.load_weights(4, packed[1], attempt=0)
+        group = await generator.generate(0, PROMPT, [1, 2], 2)
+        assert group.policy_version == 2
+        assert logprob_error(models[2], group) < TOLERANCE
 
     asyncio.run(main())
 
@@ -231,7 +241,7 @@ def test_a_model_that_does_not_load_fails_the_constructor(tmp_path):
         Generator(**settings(tmp_path / "nothing-here"))
 
 
-def test_a_broken_engine_fails_every_caller_and_ray_restarts_the_process(small_ray, paths, models, packed):
+def test_a_broken_engine_fails_every_caller_and_ray_restarts_the_process(ray_session, paths, models, packed):
     """The engine is broken by weights that are not finite; the restarted process is at version 0 and loads again."""
     nan = pack((name, torch.full_like(p, torch.nan)) for name, p in models[0].named_parameters())
     actor = ray.remote(Generator).options(num_cpus=0.1, max_restarts=-1).remote(**settings(paths[0], max_groups=1))
@@ -259,7 +269,7 @@ def test_a_broken_engine_fails_every_caller_and_ray_restarts_the_process(small_r
     ray.kill(actor)
 
 
-def test_vllm_generators_serve_published_weights(small_ray, paths, models, packed):
+def test_vllm_generators_serve_published_weights(ray_session, paths, models, packed):
     """One reference in a list, as the controller passes it; both actors sample the same for the same seeds."""
     make = ray.remote(Generator).options(num_cpus=0.1)
     actors = [make.remote(**settings(paths[0], engine="vllm", max_groups=2) | {"name": f"g{i}"}) for i in range(2)]
