@@ -249,6 +249,9 @@ class VllmEngine:
 class WeightsExtension:
     """Methods that vLLM adds to its worker class."""
 
+    model_runner: Any  # the worker's
+    vllm_config: Any
+
     def load_published_weights(self, tensors: list[tuple[str, Tensor]]) -> None:
         """Replace the model's weights in place. `model.load_weights` would fail: CPU layers have packed their weights
         away.

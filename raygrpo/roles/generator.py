@@ -209,7 +209,7 @@ class EngineThread:
         threading.Thread(target=self._run, args=(make, ready), name=f"{self._name}-engine", daemon=True).start()
         ready.result()
 
-    async def ask(self, message: _Message) -> Any:
+    async def ask(self, message: _Group | _Update | _Score) -> Any:
         self.inbox.put(message)
         return await asyncio.wrap_future(message.result)
 
