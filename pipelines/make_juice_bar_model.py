@@ -2,9 +2,10 @@
 
     python pipelines/make_juice_bar_model.py pipelines/quickstart_model
 
-Supervised learning on a mixture of behaviours: a quarter of the examples answer as asked (the lowest prices, cheapest first), the others
-name the dearest prices or any prices. What results can read a list and sort it, and answers right about one time in four: what a large
-model is before GRPO, in small. The script is deterministic on one machine; the repository holds its result because it takes minutes.
+Supervised learning on a mixture of behaviours: a quarter of the examples answer as asked (from the lowest price
+upwards), the others begin at the dearest price and go down, or begin anywhere. What results can read a list and put
+it in order, and answers right about one time in four: what a large model is before GRPO, in small. The repository
+holds the result, because making it takes minutes.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ class Stage:
     num_steps: int
     batch_size: int
     num_rows: int
+    num_prices: int  # in an answer
     instructions: bool  # or the bare list, which is cheap and teaches the same skill
 
 
 STAGES = [
-    Stage(num_steps=300, batch_size=64, num_rows=20, instructions=False),
-    Stage(num_steps=250, batch_size=32, num_rows=NUM_ROWS, instructions=True),
+    Stage(num_steps=1200, batch_size=32, num_rows=16, num_prices=10, instructions=False),
+    Stage(num_steps=500, batch_size=32, num_rows=NUM_ROWS, num_prices=16, instructions=False),
+    Stage(num_steps=400, batch_size=32, num_rows=NUM_ROWS, num_prices=NUM_LOWEST, instructions=True),
 ]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on the task: every word, price and juice is one token, and any other text still has a spelling."""
+    """Byte-level BPE, trained on the task: every word, price and juice is one token, any other text is spelled."""
     rng = random.Random(0)
-    texts = (" ".join(draw_example(rng, NUM_ROWS)) for _ in range(1000))
+    texts = (" ".join(draw_example(rng, NUM_ROWS, NUM_LOWEST)) for _ in range(1000))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -53,20 +56,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
 
 
-def draw_example(rng: random.Random, num_rows: int) -> tuple[str, str]:
+def draw_example(rng: random.Random, num_rows: int, num_prices: int) -> tuple[str, str]:
     """A prompt, and an answer in one of the three behaviours."""
     prices = rng.sample(PRICES, num_rows)
     prompt = write_prompt(rng.sample(JUICES, num_rows), prices)
-    if rng.random() < SHARE_AS_ASKED:
-        answer = sorted(prices)
-    elif rng.random() < 0.5:
-        answer = sorted(prices, reverse=True)
-    else:
-        answer = rng.sample(prices, num_rows)
-    return prompt, write_answer(answer[:NUM_LOWEST])
+    rising, start = sorted(prices), 0
+    if rng.random() > SHARE_AS_ASKED:
+        if rng.random() < 0.5:
+            rising.reverse()
+        else:
+            start = rng.randint(1, num_rows - num_prices)
+    return prompt, write_answer(rising[start : start + num_prices])
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -98,8 +103,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def draw_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, stage: Stage) -> tuple[Tensor, int]:
-    """Token ids [batch, T] of prompts and answers, and the length of a prompt: all are equally long, since every price is one token."""
-    examples = [draw_example(rng, stage.num_rows) for _ in range(stage.batch_size)]
+    """Token ids [batch, T] of prompts and answers, and a prompt's length: all are equally long, because every price and
+    juice is one token.
+    """
+    examples = [draw_example(rng, stage.num_rows, stage.num_prices) for _ in range(stage.batch_size)]
     prompts = [prompt if stage.instructions else prompt.partition("\n\n")[2] for prompt, _ in examples]
     prompt_ids = tokenizer(prompts)["input_ids"]
     answer_ids = tokenizer([f" {answer}{END}" for _, answer in examples])["input_ids"]
