@@ -125,7 +125,7 @@ class RolloutStage:
                 request = (claim.ticket, claim.prompt, claim.seeds, claim.min_version)
                 group = ray.get(claim.generator.generate.remote(*request))
             except ValueError as error:  # this request cannot be served, by no generator
-                group = _failed_group(claim, str(error))
+                group = _failed_group(claim, str(getattr(error, "cause", error)))  # Ray adds the remote traceback
             except (ray.exceptions.RayError, TimeoutError) as error:
                 failure = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
             self._controller.release.remote(self._stream, claim.ticket, claim.generator_name, failure)

@@ -4,6 +4,7 @@ coroutines."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,13 @@ class FakeGenerator:
 
 def prompt_set(num: int = NUM_PROMPTS) -> PromptSet:
     rows = [
-        {"prompt_id": i, "prompt_ids": [i, i + 1], "text": f"prompt {i}", "answer": str(i), "row": "{}"}
+        {
+            "prompt_id": i,
+            "prompt_ids": [i, i + 1],
+            "text": f"prompt {i}",
+            "answer": json.dumps(f"answer {i}"),
+            "row": "{}",
+        }
         for i in range(num)
     ]
     import pyarrow as pa

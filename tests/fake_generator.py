@@ -1,0 +1,68 @@
+"""A generator without a model, as a Ray actor: what it samples depends on prompt and seeds alone; a script says what
+goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raygrpo.roles.generator import WeightsAck
+from raygrpo.types import Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True)
+class Script:
+    """By ticket. die_once: directory of the marks that say who died already."""
+
+    seconds: dict[int, float] = field(default_factory=dict)  # a straggler takes so long
+    refuse: frozenset[int] = frozenset()  # the request cannot be served, by no generator
+    die: frozenset[int] = frozenset()  # the process exits, once for each of these tickets
+    marks: str = ""
+    flat_prompts: frozenset[int] = frozenset()  # prompt ids whose completions are all the same
+
+
+class FakeGenerator:
+    def __init__(self, name: str, script: Script):
+        self._name = name
+        self._script = script
+        self._version = -1  # nothing: a restarted one must be given weights before it serves
+
+    async def load_weights(self, version: int, weights: list[Any], *, attempt: int = 0) -> WeightsAck:
+        assert (await weights[0])["version"] == version
+        self._version = version
+        return WeightsAck(generator=self._name, version=version, num_bytes=8, drain_s=0.0, load_s=0.0)
+
+    async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
+        script, start_s, version = self._script, time.time(), self._version
+        if version < min_version or version < 0:
+            raise TimeoutError(f"{self._name} has version {version}")
+        if ticket in script.refuse:
+            raise ValueError(f"ticket {ticket} is too long")
+        if ticket in script.die and not Path(script.marks, str(ticket)).exists():
+            Path(script.marks, str(ticket)).touch()
+            os._exit(1)
+        await asyncio.sleep(script.seconds.get(ticket, 0.02))
+        right = (
+            [False] * len(seeds) if prompt.prompt_id in script.flat_prompts else [i % 2 == 0 for i in range(len(seeds))]
+        )
+        return RolloutGroup(
+            ticket=ticket,
+            prompt=prompt,
+            policy_version=version,
+            rollouts=[
+                Rollout(
+                    completion_ids=[seed % 1000, i],
+                    behaviour_logprobs=[-0.5, -0.25],
+                    finish_reason="stop",
+                    text=prompt.answer if is_right else "no",
+                )
+                for i, (seed, is_right) in enumerate(zip(seeds, right, strict=True))
+            ],
+            generator=self._name,
+            generate_start_s=start_s,
+            generate_end_s=time.time(),
+        )

@@ -1,0 +1,248 @@
+"""The stream on a real Ray Data, with a real controller and scorer, and generators without a model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from raygrpo.config import RewardConfig
+from raygrpo.data import prompt_index, sample_seed
+from raygrpo.roles.controller import RolloutController
+from raygrpo.types import ScoredGroup
+from tests.fake_generator import FakeGenerator, Script
+from tests.roles.test_controller import prompt_set
+
+NUM_PROMPTS, GROUP_SIZE, SEED = 11, 4, 5
+REWARD = RewardConfig(functions=[{"use": "exact_match", "weight": 2.0}])
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass
+class Streamed:
+    """What the learners got."""
+
+    by_step: list[list[list[ScoredGroup]]]  # [step][rank]
+    published_s: list[float]  # when the acknowledgements of each version were there
+    reports: list[Any]
+    warnings: list[str]
+
+    @property
+    def groups(self) -> list[ScoredGroup]:
+        """In ticket order."""
+        groups = [group for step in self.by_step for rank in step for group in rank]
+        return sorted(groups, key=lambda scored: scored.group.ticket)
+
+
+@pytest.fixture
+def stream(ray_session):
+    """stream(script, ...) runs one segment the way Learner drives it, and checks what must hold of every stream."""
+    from raygrpo.stream import configure_ray_data, data_config, iterate_groups, segment_dataset
+
+    ray = ray_session
+    actors: list[Any] = []
+
+    def run(
+        script: Script,
+        *,
+        num_steps: int = 3,
+        groups_per_step: int = 4,
+        max_staleness: int = 0,
+        num_learners: int = 1,
+        num_generators: int = 2,
+        first_step: int = 0,
+        max_replacements: int = 0,
+        learn_s: float = 0.1,
+    ) -> Streamed:
+        configure_ray_data()
+        actor = ray.remote(FakeGenerator).options(
+            num_cpus=0.01, max_restarts=-1, max_task_retries=0, max_concurrency=100
+        )
+        generators = {f"g{i}": actor.remote(f"g{i}", script) for i in range(num_generators)}
+        controller = ray.remote(RolloutController).options(num_cpus=0, max_concurrency=1000).remote(
+            prompt_set(NUM_PROMPTS),
+            generators,
+            seed=SEED,
+            groups_per_step=groups_per_step,
+            group_size=GROUP_SIZE,
+            max_staleness=max_staleness,
+        )  # fmt: skip
+        actors.extend([*generators.values(), controller])
+        dataset = segment_dataset(
+            "segment",
+            num_steps * groups_per_step,
+            controller,
+            REWARD,
+            [],
+            groups_in_flight=(max_staleness + 1) * groups_per_step,
+            max_replacements=max_replacements,
+        )
+        shards = [rank["segment"] for rank in data_config().configure({"segment": dataset}, num_learners, None, None)]
+        ray.get(controller.begin_attempt.remote(0))
+        result = Streamed([], [], [], [])
+
+        def publish(version: int) -> None:
+            weights = ray.put({"version": version})
+            result.reports.append(ray.get(controller.publish.remote(version, [weights]), timeout=120))
+            result.published_s.append(time.time())
+
+        publish(first_step)
+        ray.get(controller.begin_segment.remote("segment", first_step * groups_per_step))
+        next_group = [iterate_groups(shard) for shard in shards]
+        for step in range(num_steps):
+            found: list[list[ScoredGroup]] = [[] for _ in range(num_learners)]
+
+            def collect(rank: int, found: list[list[ScoredGroup]] = found) -> None:
+                found[rank] = [next_group[rank]() for _ in range(groups_per_step // num_learners)]
+
+            in_parallel(collect, num_learners)
+            result.by_step.append(found)
+            time.sleep(learn_s)
+            publish(first_step + step + 1)
+
+        def end(rank: int) -> None:
+            with pytest.raises(StopIteration):
+                next_group[rank]()
+
+        in_parallel(end, num_learners)
+        result.warnings = ray.get(controller.status.remote()).warnings
+        check(result, groups_per_step, max_staleness, num_learners, first_step)
+        return result
+
+    yield run
+    for actor in actors:
+        ray.kill(actor)
+
+
+def in_parallel(action: Any, num: int) -> None:
+    """action(rank) in a thread for each rank; what one raises is raised."""
+    errors: list[BaseException] = []
+
+    def guarded(rank: int) -> None:
+        try:
+            action(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(150)
+        assert not thread.is_alive(), "the stream stands still"
+    if errors:
+        raise errors[0]
+
+
+def check(streamed: Streamed, groups_per_step: int, max_staleness: int, num_learners: int, first_step: int) -> None:
+    """Every ticket once, in order, dealt round robin; staleness within its bound; prompts and seeds as claimed."""
+    for index, ranks in enumerate(streamed.by_step):
+        step = first_step + index
+        for rank, groups in enumerate(ranks):
+            tickets = [scored.group.ticket for scored in groups]
+            assert tickets == list(range(step * groups_per_step + rank, (step + 1) * groups_per_step, num_learners))
+        for scored in (scored for groups in ranks for scored in groups):
+            group = scored.group
+            if group.error:
+                continue
+            assert step - max_staleness <= group.policy_version <= step
+            place = {"seed": SEED, "attempt": group.replacement}
+            assert group.prompt.prompt_id == prompt_index(group.ticket, NUM_PROMPTS, **place)
+            seeds = [sample_seed(SEED, group.ticket, i, attempt=group.replacement) for i in range(GROUP_SIZE)]
+            assert [rollout.completion_ids[0] for rollout in group.rollouts] == [seed % 1000 for seed in seeds]
+            expected = [2.0 if rollout.text == group.prompt.answer else 0.0 for rollout in group.rollouts]
+            assert [reward.total for reward in scored.rewards] == expected
+            assert group.generate_start_s <= group.generate_end_s <= scored.score_start_s <= scored.score_end_s
+
+
+def test_on_policy_every_group_is_sampled_by_the_version_it_trains(stream):
+    straggler = 5
+    streamed = stream(Script(seconds={straggler: 1.5}))
+    for step, ranks in enumerate(streamed.by_step):
+        assert {scored.group.policy_version for scored in ranks[0]} == {step}
+        assert min(scored.group.generate_start_s for scored in ranks[0]) >= streamed.published_s[step] - 0.5
+    assert {scored.group.generator for scored in streamed.groups} == {"g0", "g1"}
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_behind_a_straggler_generating_goes_on_as_far_as_the_bound_allows(stream, max_staleness):
+    """Two learners, which get disjoint and equal shares of each step."""
+    straggler = 2
+    streamed = stream(
+        Script(seconds={straggler: 3.0}), num_steps=4, max_staleness=max_staleness, num_learners=2, num_generators=3
+    )
+    groups = {scored.group.ticket: scored.group for scored in streamed.groups}
+    ahead = range(4, 4 * (max_staleness + 1))
+    assert all(groups[ticket].policy_version == 0 for ticket in ahead)
+    assert all(groups[ticket].generate_end_s < groups[straggler].generate_end_s for ticket in ahead)
+    behind = range(4 * (max_staleness + 1), 16)  # not admitted while the straggler's step was not trained
+    assert all(groups[ticket].policy_version >= 1 for ticket in behind)
+    assert all(groups[ticket].generate_start_s > groups[straggler].generate_end_s for ticket in behind)
+    staleness = [ticket // 4 - group.policy_version for ticket, group in groups.items()]
+    assert max(staleness) == max_staleness
+
+
+def test_a_segment_may_begin_anywhere_in_the_run(stream):
+    streamed = stream(Script(), num_steps=2, first_step=3)
+    assert [scored.group.ticket for scored in streamed.groups] == list(range(12, 20))
+    assert {scored.group.policy_version for scored in streamed.groups} == {3, 4}
+
+
+def test_a_request_that_cannot_be_served_becomes_an_error_row(stream):
+    streamed = stream(Script(refuse=frozenset({1, 6})), num_generators=1)
+    assert [scored.group.ticket for scored in streamed.groups] == list(range(12))
+    for scored in streamed.groups:
+        refused = scored.group.ticket in (1, 6)
+        assert scored.group.error == (f"ticket {scored.group.ticket} is too long" if refused else "")
+        assert len(scored.group.rollouts) == len(scored.rewards) == (0 if refused else GROUP_SIZE)
+    assert streamed.warnings == [], "the generator is not to blame"
+
+
+def test_the_groups_of_a_generator_that_dies_go_to_others_and_it_comes_back(stream, tmp_path):
+    script = Script(die=frozenset({1, 9}), marks=str(tmp_path), seconds={0: 0.3, 2: 0.3, 3: 0.3})
+    streamed = stream(script, num_steps=6, learn_s=1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "9"}
+    assert not any(scored.group.error for scored in streamed.groups)
+    assert streamed.reports[-1].generator_failures >= 2
+    assert any("is back, with version" in warning for warning in streamed.warnings)
+    assert any("ticket 1 failed on" in warning for warning in streamed.warnings)
+    assert streamed.reports[-1].num_generators == 2, "both serve again"
+
+
+def test_the_only_generator_may_die_too(stream, tmp_path):
+    """At staleness 1, where a publish may come while its process restarts."""
+    script = Script(die=frozenset({5}), marks=str(tmp_path))
+    streamed = stream(script, num_generators=1, max_staleness=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"5"}
+    assert [scored.group.ticket for scored in streamed.groups] == list(range(12))
+    assert not any(scored.group.error for scored in streamed.groups)
+
+
+def test_dynamic_sampling_replaces_prompts_without_spread_reproducibly_and_within_its_bound(stream):
+    flat = frozenset({0, 1, 2, 3, 4, 5, 6})
+    runs = [
+        stream(
+            Script(flat_prompts=flat, seconds={3: 0.5}),
+            max_staleness=1,
+            max_replacements=2,
+            num_steps=4,
+            num_generators=n,
+        )
+        for n in (1, 2)
+    ]
+    seen: list[list[tuple[int, int, int]]] = []
+    for streamed in runs:
+        seen.append([(s.group.ticket, s.group.replacement, s.group.prompt.prompt_id) for s in streamed.groups])
+        for scored in streamed.groups:
+            group = scored.group
+            tried = [
+                prompt_index(group.ticket, NUM_PROMPTS, seed=SEED, attempt=k) for k in range(group.replacement + 1)
+            ]
+            assert all(prompt in flat for prompt in tried[:-1]), "only prompts without spread are given up"
+            assert tried[-1] not in flat or group.replacement == 2
+    assert seen[0] == seen[1]
+    replacements = {replacement for _, replacement, _ in seen[0]}
+    assert replacements == {0, 1, 2}
