@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raygrpo.shared_prefix import SharedPrefixBatch, completion_logprobs
 from raygrpo.shared_prefix.head import HeadRequest, token_logprobs
@@ -62,8 +62,9 @@ def padded(model: PreTrainedModel, groups: Sequence[Group]) -> Forward:
 def prefix_grouper(model: PreTrainedModel, groups: Sequence[Group]) -> Forward:
     """The `prefix-grouper` package (arXiv:2506.05433); a row per group, its own way to lay out several.
 
-    Prompts must be equally long here, so that it pads none. On a CPU it hands attention a 2-D mask, which SDPA takes
-    for something else; the adapter gives SDPA the right one, made once per step, and grouped heads without copies.
+    Runs as its own transformers integration does, on transformers' sdpa. On a CPU that one is handed a 2-D mask, which
+    it takes for something else; the adapter here replaces it: causal without a mask for prompts (which are equally long
+    here, so that none is padded), the right 4-D mask, made once per step, for completions.
     """
     from prefix_grouper import PrefixGrouper
     from prefix_grouper.forward import AttentionForward
@@ -73,15 +74,14 @@ def prefix_grouper(model: PreTrainedModel, groups: Sequence[Group]) -> Forward:
     lengths = [[len(member) for member in members] for _, members in groups]
     grouper = PrefixGrouper(group_info=[[context, *row] for row in lengths])
     widest = max(max(row) for row in lengths)
-    causal_mask = torch.full((widest, context + widest), -torch.inf).triu_(context + 1).to(model.device, model.dtype)
+    causal = torch.ones(widest, context + widest, dtype=torch.bool, device=model.device).tril_(context)[None, None]
 
-    def attend(q, k, v, _, *, scaling: float) -> Tensor:
-        mask = None if q.shape[2] == k.shape[2] else causal_mask
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
+    def attend(q, k, v, _, module, **options) -> Tensor:
+        mask = None if q.shape[2] == k.shape[2] else causal.expand(q.shape[0], -1, -1, -1)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **options)[0]
 
-    def attention(module, q, k, v, attention_mask, *, scaling, **_):
-        return AttentionForward(attend)(grouper, q, k, v, scaling=scaling), None
+    def attention(module, q, k, v, attention_mask, **options):
+        return AttentionForward(attend)(grouper, q, k, v, module, **options), None
 
     AttentionInterface.register("bench_prefix_grouper", attention)
     present = grouper.padding_mask.bool()

@@ -28,12 +28,13 @@ of max_tokens, splits those that are too large, scores, calls loss_fn and backpr
 where loss_fn(logprobs [s], part) returns this part's share of the loss; `part.tokens` [s] and `part.completions` index
 whatever the caller holds per token or per completion, over all groups.
 
-Files: tree.py and layout.py (tokens in a stream), attention.py, kernels.py and backends/ (attention over it), head.py
-(LM head in chunks), model.py (the hook into transformers), supported.py and self_check.py (refusals), packing.py and
-accumulate.py (many groups), cost.py (the FLOP model).
+Reading order: tree.py and layout.py (which tokens a stream holds), backends/merged_flash.py (attention over it, and why
+it is exact) and the other backends, head.py (the LM head in chunks), model.py (the hook into transformers),
+supported.py and self_check.py (what is refused), packing.py and accumulate.py (many groups), cost.py (the FLOP model).
 """
 
 from raygrpo.shared_prefix.accumulate import Accumulated, Part, accumulate_gradients
+from raygrpo.shared_prefix.cost import ModelShape, forward_flops, num_tokens, speedup_limit, training_flops
 from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
 from raygrpo.shared_prefix.model import (
     CompletionScores,
@@ -50,6 +51,7 @@ __all__ = [
     "Accumulated",
     "AttentionPlan",
     "CompletionScores",
+    "ModelShape",
     "Part",
     "PassCounts",
     "Passes",
@@ -61,7 +63,11 @@ __all__ = [
     "assign_to_ranks",
     "completion_logprobs",
     "enable_shared_prefix",
+    "forward_flops",
+    "num_tokens",
     "pack",
     "plan_passes",
     "score_completions",
+    "speedup_limit",
+    "training_flops",
 ]

@@ -259,6 +259,8 @@ def _attention(
     if s_aux is not None:
         raise UnsupportedModelError(f"{name} has attention sinks, which are not supported")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):  # it casts what stock attention is given, which ours has to do itself
+        q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
     external = None if run.prefix is None else (run.prefix.keys[module.layer_idx], run.prefix.values[module.layer_idx])
     kind = {
         "plan": run.plan,

@@ -100,16 +100,17 @@ def _bundles(
 def plan_passes(groups: Sequence[Group], max_tokens: int, *, min_shared_head: int | None = None) -> Passes:
     """Streams for the groups that fit (as `pack` fills them), and parts for those that do not.
 
+    Groups without a completion token are left out: there is nothing to score.
     A part holds completions only, but its prompt's keys and activations are in memory meanwhile, so prompt and part
     together stay within max_tokens.
     """
-    fit = [index for index, group in enumerate(groups) if num_stream_tokens(group) <= max_tokens]
+    scored = [index for index, (_, members) in enumerate(groups) if any(len(member) for member in members)]
+    fit = [index for index in scored if num_stream_tokens(groups[index]) <= max_tokens]
     streams = pack([groups[index] for index in fit], max_tokens, min_shared_head=min_shared_head)
     splits = []
-    for index, (prompt, completions) in enumerate(groups):
-        if num_stream_tokens(groups[index]) <= max_tokens:
-            continue
-        longest = max((len(completion) for completion in completions), default=0)
+    for index in sorted(set(scored) - set(fit)):
+        prompt, completions = groups[index]
+        longest = max(len(completion) for completion in completions)
         if len(prompt) + longest > max_tokens:
             raise ValueError(
                 f"group {index} has a prompt of {len(prompt)} tokens and a completion of {longest}: together more "

@@ -188,3 +188,23 @@ def test_backward_twice_through_one_graph():
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
     loss.backward()
     assert all(torch.allclose(p.grad, 2 * once[name], rtol=1e-12) for name, p in model.named_parameters())
+
+
+def test_autocast_is_as_close_to_float64_as_the_ordinary_forward_is():
+    groups = ragged_groups(7)
+    exact_model = tiny_model("qwen3", torch.float64, initializer_range=0.05)
+    exact = reference(exact_model, groups)[0]
+    exact_gradients = gradients(exact_model, exact.sum())
+    model = copy.deepcopy(exact_model).float()
+    enable_shared_prefix(model, self_check=False)
+    errors = []
+    for forward in (
+        lambda: completion_logprobs(model, SharedPrefixBatch.from_groups(groups)),
+        lambda: reference(model, groups)[0],
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs = forward()
+        found = gradients(model, logprobs.sum())
+        errors.append(((logprobs - exact).abs().mean().item(), largest_difference(found, exact_gradients)))
+    assert errors[0][0] < 1.2 * errors[1][0] + 1e-3
+    assert errors[0][1] < 1.5 * errors[1][1] + 1e-2
