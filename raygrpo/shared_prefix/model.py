@@ -30,6 +30,7 @@ from raygrpo.shared_prefix.self_check import check_attention, check_logprobs
 from raygrpo.shared_prefix.supported import (
     UnsupportedModelError,
     check_batch,
+    check_head,
     check_model,
     check_modules,
     logit_transform,
@@ -78,8 +79,6 @@ def enable_shared_prefix(model: nn.Module, attention: str = "auto", *, self_chec
     backend = BackendChoice(attention)
     if "_shared_prefix" not in vars(decoder_lm):
         decoder_lm.forward = MethodType(_with_keyword(type(decoder_lm).forward, _run), decoder_lm)
-        head = decoder_lm.get_output_embeddings()
-        head.forward = MethodType(_with_keyword(type(head).forward, _run_head), head)
     decoder_lm._shared_prefix = _State(backend, unchecked=self_check)
 
 
@@ -139,8 +138,17 @@ def _with_keyword(ordinary: Callable, special: Callable) -> Callable:
     return forward
 
 
-def _run_head(head: nn.Module, hidden: Tensor, request: HeadRequest) -> tuple[Tensor, Tensor | None]:
-    return token_logprobs(hidden, head.weight, getattr(head, "bias", None), request)
+def _head(model: PreTrainedModel) -> nn.Linear:
+    """The LM head, taught the keyword too. Looked up in every pass: adapters and a resized vocabulary replace it."""
+    head = model.get_output_embeddings()
+    check_head(head)
+    if "forward" not in vars(head):
+        head.forward = MethodType(_with_keyword(type(head).forward, _run_head), head)
+    return head
+
+
+def _run_head(head: nn.Linear, hidden: Tensor, request: HeadRequest) -> tuple[Tensor, Tensor | None]:
+    return token_logprobs(hidden, head.weight, head.bias, request)
 
 
 def _run(model: PreTrainedModel, request: Request) -> tuple:
@@ -174,11 +182,11 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
         hidden = torch.cat([hidden, request.prefix.last_hidden[None]])  # row -1
     rows, token_rows = (batch.token_rows % hidden.shape[0]).unique(return_inverse=True)
     head_request = HeadRequest(token_rows, batch.targets, request.temperature, request.entropy, logit_transform(model))
-    logprobs, entropy = model.get_output_embeddings()(hidden[rows], shared_prefix=head_request)
+    logprobs, entropy = _head(model)(hidden[rows], shared_prefix=head_request)
     if state.unchecked:
         state.unchecked = False
         # transformers' sdpa leaves attention softcaps out; eager, which is slower, has them.
-        plain = "eager" if getattr(model.config, "attn_logit_softcapping", None) else None
+        plain = "eager" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) else None
         with _switch(_configs(model), plain):
             check_logprobs(functools.partial(type(model).forward, model), batch, logprobs, request.temperature)
     return CompletionScores(logprobs, entropy)
@@ -284,6 +292,9 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise UnsupportedModelError(f"{adapter.peft_type} puts virtual tokens before every sequence; use LoRA")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(

@@ -9,6 +9,7 @@ import torch
 from raygrpo.shared_prefix import SharedPrefixBatch, completion_logprobs, enable_shared_prefix, score_completions
 from tests.shared_prefix.tiny import (
     ARCHITECTURES,
+    VOCABULARY,
     float64_norms,
     gradients,
     largest_difference,
@@ -161,6 +162,14 @@ def test_a_copied_model_runs_its_own_weights():
     expected = reference(twin, ragged_groups())[0]
     assert (completion_logprobs(twin, batch) - expected).abs().max() < 1e-5
     assert (completion_logprobs(model, batch) - expected).abs().max() > 0.1
+
+
+def test_a_vocabulary_resized_after_enabling():
+    model = tiny_model()
+    enable_shared_prefix(model)
+    model.resize_token_embeddings(VOCABULARY + 7)
+    value_error, gradient_error = compare(model, ragged_groups())
+    assert max(value_error, gradient_error) < 1e-5
 
 
 def test_state_dict_names_do_not_change():

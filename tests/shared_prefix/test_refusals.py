@@ -185,3 +185,14 @@ def test_head_counts_that_do_not_divide():
     enable_shared_prefix(model)
     with pytest.raises(UnsupportedModelError, match="4 query heads for 8 key heads"):
         completion_logprobs(model, SharedPrefixBatch.from_groups(ragged_groups()))
+
+
+def test_adapters_on_the_head_and_virtual_tokens():
+    base = tiny_model()
+    enable_shared_prefix(base)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(UnsupportedModelError, match="leave adapters off it"):
+        completion_logprobs(model, SharedPrefixBatch.from_groups(ragged_groups()))
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        enable_shared_prefix(peft.get_peft_model(tiny_model(), config))
