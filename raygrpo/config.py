@@ -282,6 +282,9 @@ class RunConfig(Section):
     max_staleness: NonNegativeInt = 0
     """How many versions a group's policy may lag behind the learner's: 0 is on-policy; from 1 on, generating and
     learning overlap."""
+    groups_per_block: PositiveInt = 1
+    """Groups that travel through the stream together. More of them lower the stream's cost for each, which shows where
+    a step takes a second or two; with 1 a group is scored as soon as its completions are there."""
     output_dir: str = "runs"
     """Where runs are written, each in a directory of its own (relative to the current directory)."""
     model: ModelConfig
@@ -325,6 +328,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"groups_per_step ({self.groups_per_step}) is not divisible by learner.num_workers "
                 f"({self.learner.num_workers}): every learner must get the same number of groups"
+            )
+        if self.groups_per_step // self.learner.num_workers % self.groups_per_block:
+            raise ValueError(
+                f"a learner's groups ({self.groups_per_step // self.learner.num_workers} of groups_per_step "
+                f"{self.groups_per_step}) do not divide into blocks of groups_per_block ({self.groups_per_block})"
             )
         if self.groups_per_step // self.learner.num_workers % self.algorithm.mini_batches:
             raise ValueError(

@@ -9,9 +9,10 @@ errors are columns, never dropped rows. What the stages wait for, and what unblo
     learner         the next group in ticket order     the reward stage
 
 Claims are made in ticket order and rows reach the learners in ticket order, so the rows a learner waits for are always
-among the admitted ones: the gate (controller.py) cannot deadlock. Three settings of Ray Data carry that (pipeline.md,
-section 2, gives the measurements): order is preserved; every row is a block of its own, or a block would wait for a row
-behind the gate; no shard locality, which buffers rows for a "nearer" learner while the others starve.
+among the admitted ones: the gate (controller.py) cannot deadlock. A block of `groups_per_block` tickets never reaches
+over the end of a step, or it would wait for a ticket behind the gate. Three settings of Ray Data carry that
+(pipeline.md, section 2, gives the measurements): order is preserved; every row is a block of its own, or a block would
+wait for a row behind the gate; no shard locality, which buffers rows for a "nearer" learner while the others starve.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from raygrpo.roles.controller import Claim
+
+Group = TypeVar("Group", RolloutGroup, ScoredGroup)
 
 PROMPT_TYPE = pa.struct(
     [
@@ -83,7 +89,8 @@ SCORED_GROUP_SCHEMA = pa.schema(
     ]
 )
 
-CALLS_PER_PROXY = 64  # threads of one proxy, each waiting for one group; beyond that, more proxies
+POLL_S = 0.02  # how long Ray Data waits before it looks for finished tasks again
+CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
 
 def groups_to_table(groups: list[RolloutGroup]) -> pa.Table:
@@ -106,14 +113,19 @@ class RolloutStage:
     """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the
     group."""
 
-    def __init__(self, controller: ActorHandle, stream: int):
+    def __init__(self, controller: ActorHandle, stream: int, groups_in_flight: int):
         self._controller = controller
         self._stream = stream
+        self._threads = ThreadPoolExecutor(groups_in_flight)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return groups_to_table([self.roll_out(row, replacement=0) for row in rows["row"].to_pylist()])
+        return groups_to_table(self.for_each(self.roll_out, rows))
 
-    def roll_out(self, row: int, *, replacement: int) -> RolloutGroup:
+    def for_each(self, function: Callable[[int], Group], rows: pa.Table) -> list[Group]:
+        """The function's results for the rows of a block, which wait for their generators together."""
+        return list(self._threads.map(function, rows["row"].to_pylist()))
+
+    def roll_out(self, row: int, replacement: int = 0) -> RolloutGroup:
         """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and
         seeds."""
         while True:
@@ -163,19 +175,25 @@ class DynamicSamplingStage:
     depends on the ticket alone, so the stream stays in order and reproducible."""
 
     def __init__(
-        self, controller: ActorHandle, stream: int, config: RewardConfig, import_paths: list[str], max_replacements: int
+        self,
+        controller: ActorHandle,
+        stream: int,
+        groups_in_flight: int,
+        config: RewardConfig,
+        import_paths: list[str],
+        max_replacements: int,
     ):
-        self._rollouts = RolloutStage(controller, stream)
+        self._rollouts = RolloutStage(controller, stream, groups_in_flight)
         self._scorer = Scorer(config, import_paths)
         self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
         self._max_replacements = max_replacements
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return scored_groups_to_table([self._sample(row) for row in rows["row"].to_pylist()])
+        return scored_groups_to_table(self._rollouts.for_each(self._sample, rows))
 
     def _sample(self, row: int) -> ScoredGroup:
         for replacement in range(self._max_replacements + 1):
-            group = self._rollouts.roll_out(row, replacement=replacement)
+            group = self._rollouts.roll_out(row, replacement)
             with self._scoring:
                 scored = self._scorer.score(group)
             if not zero_spread([math.nan if reward.error else reward.total for reward in scored.rewards]):
@@ -191,17 +209,19 @@ def segment_dataset(
     import_paths: list[str],
     *,
     groups_in_flight: int,
-    max_replacements: int,
+    groups_per_block: int = 1,
+    max_replacements: int = 0,
 ) -> ray.data.Dataset:
     """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order. Builds a stream of its
     own each time it is called, so that what is left of an earlier attempt is fenced.
 
     groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout
-    stage waits for as many at once. max_replacements: algorithm.dynamic_sampling.
+    stage waits for as many at once. groups_per_block: how many travel together; divides num_tickets.
+    max_replacements: algorithm.dynamic_sampling.
     """
-    groups_in_flight = min(groups_in_flight, num_tickets)
-    num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
-    calls = math.ceil(groups_in_flight / num_proxies)
+    blocks_in_flight = math.ceil(min(groups_in_flight, num_tickets) / groups_per_block)
+    num_proxies = math.ceil(blocks_in_flight / CALLS_PER_PROXY)
+    calls = math.ceil(blocks_in_flight / num_proxies)
     waiting = {
         "batch_size": None,
         "batch_format": "pyarrow",
@@ -213,19 +233,20 @@ def segment_dataset(
             enable_true_multi_threading=True,
         ),
     }
-    tickets = ray.data.from_arrow([pa.table({"row": [row]}) for row in range(num_tickets)])
-    stream = ray.get(controller.new_stream.remote(name))
+    starts = range(0, num_tickets, groups_per_block)
+    tickets = ray.data.from_arrow([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
+    claims = (controller, ray.get(controller.new_stream.remote(name)), calls * groups_per_block)
     if max_replacements:
-        arguments = (controller, stream, reward, import_paths, max_replacements)
+        arguments = (*claims, reward, import_paths, max_replacements)
         return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
-    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream), **waiting).map_batches(
+    return tickets.map_batches(RolloutStage, fn_constructor_args=claims, **waiting).map_batches(
         RewardStage,
         fn_constructor_args=(reward, import_paths),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reward.num_cpus,
-        # While tasks wait at the gate, Ray Data looks at its tasks ten times a second: hand over all groups at once.
-        compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=groups_in_flight),
+        # Ray Data hands over what a round of its loop found finished: all of it at once.
+        compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=blocks_in_flight),
     )
 
 
@@ -239,11 +260,25 @@ def data_config() -> ray.train.DataConfig:
 
 
 def configure_ray_data() -> None:
-    """Settings of the process's DataContext: no timeout of Ray Data's own, no progress bars beside ours."""
+    """Settings of the process's DataContext: no timeout of Ray Data's own, no progress bars beside ours, a shorter
+    poll."""
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    if ShortPoll not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(ShortPoll)
+
+
+class ShortPoll(ExecutionCallback):
+    """While any task waits, as claims at the gate do, Ray Data 2.60 looks for finished ones every 0.1 s only, and a
+    group passes several such waits on its way. The period is a constant of its module; this sets it in the process that
+    executes."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        from ray.data._internal.execution import streaming_executor_state
+
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = POLL_S
 
 
 def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:

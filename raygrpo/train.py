@@ -254,6 +254,7 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
             config.reward,
             prepared.import_paths,
             groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
+            groups_per_block=config.groups_per_block,
             max_replacements=config.algorithm.dynamic_sampling,
         )
 

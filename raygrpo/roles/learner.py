@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.checkpoint import CheckpointStore, RunState
 from raygrpo.config import RunConfig
 from raygrpo.stream import iterate_groups
-from raygrpo.timeline import Interval, stage_seconds
+from raygrpo.timeline import Interval, covered_seconds, stage_seconds
 from raygrpo.types import ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class Learner:
         self._policy, self._engine, self._updater, self._shape = build_policy(setup.config)
         self._publishing: ray.ObjectRef | None = None
         self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
+        self._last_publish: Interval = (0.0, 0.0)
         self._step_start_s = time.time()
 
     def begin(self) -> int:
@@ -232,7 +233,10 @@ class Learner:
             if self._unreported is not None:
                 step, metrics, times = self._unreported
                 end_s = max(report.end_s, times.learn[1]) if self._config.max_staleness == 0 else times.learn[1]
-                metrics = metrics | times.metrics(report, self._step_start_s, end_s)
+                published = (times.learn[1], report.end_s)
+                # Where generating goes on meanwhile, most of a publish falls into the next step.
+                metrics = metrics | times.metrics([self._last_publish, published], self._step_start_s, end_s)
+                self._last_publish = published
                 metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
                 metrics["faults/generator_failures"] = float(report.generator_failures)
@@ -241,7 +245,7 @@ class Learner:
                 self._tracker.log_step.remote(step, metrics)
                 self._step_start_s = end_s
             else:
-                self._step_start_s = time.time()
+                self._step_start_s = report.end_s
         self._unreported = None
 
     def finish(self) -> None:
@@ -319,15 +323,17 @@ class _StepTimes:
     generate: list[Interval]
     score: list[Interval]
 
-    def metrics(self, publish: PublishReport, start_s: float, end_s: float) -> StepMetrics:
+    def metrics(self, publish: list[Interval], start_s: float, end_s: float) -> StepMetrics:
         stages = {
             "generate": self.generate,
             "reward": self.score,
             "learn": [self.learn],
-            "publish": [(self.learn[1], publish.end_s)],
+            "publish": publish,
         }
         timing = stage_seconds(stages, start_s, end_s)
-        idle = (self.wait[1] - self.wait[0]) / timing["step"]
+        timing["dispatch"] = max(0.0, min(start for start, _ in self.generate) - start_s)
+        timing["deliver"] = max(0.0, self.wait[1] - max(end for _, end in self.score))
+        idle = covered_seconds([self.wait], start_s, end_s) / timing["step"]
         return {f"timing_s/{name}": value for name, value in timing.items()} | {"perf/learner_idle_fraction": idle}
 
 
