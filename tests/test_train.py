@@ -1,0 +1,247 @@
+"""Whole runs: vLLM or transformers, Ray Data, Ray Train with DeepSpeed, MLflow, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raygrpo.config import RunConfig, load_config
+from raygrpo.data import prompt_index
+from raygrpo.prepare import prepare
+from raygrpo.train import RunResult, train
+from tests.engines.vllm_process import vllm_logprobs
+from tests.tiny_models import tiny_model
+from tests.tracking.conftest import Store
+
+pytestmark = pytest.mark.timeout(500)
+GROUPS_PER_STEP, GROUP_SIZE, NUM_PROMPTS = 4, 4, 10
+
+TASK = '''
+def rows():
+    for i in range(10):
+        letter = chr(97 + i)
+        yield {"prompt": f"Write the letter {letter} as often as you can. " * 3, "answer": letter}
+
+
+def share(completion, answer):
+    """Share of the letters that are near the answer: almost never the same for two completions."""
+    return sum(-abs(ord(c) - ord(answer)) for c in completion) / 100 / max(1, len(completion))
+
+
+def moody(completion, answer):
+    if len(completion) % 5 == 0:
+        raise ValueError("a length I do not like")
+    return share(completion, answer)
+
+
+def broken(completion):
+    raise KeyError("gold")
+'''
+
+
+class Recorder:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.steps: list[int] = []
+        self.warnings: list[str] = []
+
+    def on_phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.steps.append(step)
+
+    def on_warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"), max_positions=256)
+
+
+@pytest.fixture
+def run(ray_session, tmp_path, model, monkeypatch):
+    """run(*overrides) -> (configuration, what the run left, what the watcher was told)."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "task.py").write_text(TASK)
+    settings = {
+        "num_steps": 3,
+        "groups_per_step": GROUPS_PER_STEP,
+        "group_size": GROUP_SIZE,
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"path": str(model)},
+        "data": {"source": "task:rows"},
+        "reward": {"functions": [{"use": "task:share"}]},
+        "generator": {
+            "sampling": {"max_tokens": 16},
+            "num_threads": 1,
+            "vllm": {"kv_cache_memory_bytes": 32 * 2**20},
+        },
+        "learner": {"optimizer": {"lr": 1e-2}, "max_restarts": 0, "num_threads": 1},
+        "tracking": {"samples_every": 1, "num_samples": 100, "system_metrics": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def run(*overrides: str) -> tuple[RunConfig, RunResult, Recorder]:
+        config = load_config(tmp_path / "run.yaml", list(overrides))
+        recorder = Recorder()
+        result = train(prepare(config, tmp_path), recorder)
+        check_run(config, result, recorder)
+        return config, result, recorder
+
+    return run
+
+
+def check_run(config: RunConfig, result: RunResult, recorder: Recorder) -> None:
+    """What holds of every finished run."""
+    steps = list(range(config.num_steps))
+    assert list(result.history) == recorder.steps == steps
+    assert recorder.phases[-1] == "training"
+    per_step = config.completions_per_step
+    for metrics in result.history.values():
+        assert metrics["staleness/max"] <= config.max_staleness
+        assert 0 <= metrics["staleness/mean"] <= metrics["staleness/max"]
+        assert metrics["completions/num"] == per_step
+        assert metrics["completions/num_tokens"] == pytest.approx(per_step * metrics["completions/mean_length"])
+        assert metrics["prefix/tokens_encoded"] < metrics["prefix/tokens_repeated"]
+        ratio = metrics["prefix/tokens_repeated"] / metrics["prefix/tokens_encoded"]
+        assert metrics["prefix/token_ratio"] == pytest.approx(ratio) and ratio > 2
+        assert metrics["faults/groups_failed"] == metrics["faults/generator_failures"] == 0
+        assert all(math.isfinite(value) for value in metrics.values())
+        check_times(metrics)
+    assert result.history[0]["sampling/logprob_diff"] < 1e-4, "learner and generator begin as the same policy"
+    check_tracked(result)
+    check_export(config, result)
+
+
+def check_times(metrics: dict[str, float]) -> None:
+    parts = {name: metrics[f"timing_s/{name}"] for name in ("generate", "reward", "learn", "publish", "other")}
+    step = metrics["timing_s/step"]
+    assert all(0 <= value <= step + 1e-6 for value in parts.values()), parts
+    assert parts["learn"] > 0
+    assert parts["other"] < step
+    assert step <= sum(parts.values()) + 1e-6, "every second belongs to a stage or to other"
+    assert 0 <= metrics["perf/learner_idle_fraction"] <= 1
+    assert metrics["perf/tokens_per_s"] == pytest.approx(metrics["completions/num_tokens"] / step)
+
+
+def check_tracked(result: RunResult) -> None:
+    """MLflow has every metric of every step, once, and the run is finished."""
+    assert result.links.undelivered == 0 and result.links.run_id is not None
+    store = Store(result.links.tracking_uri)
+    tracked = store.client.get_run(result.links.run_id)
+    assert tracked.info.status == "FINISHED"
+    names = {name for metrics in result.history.values() for name in metrics}
+    assert names == set(tracked.data.metrics)
+    for name in names:
+        expected = {step: metrics[name] for step, metrics in result.history.items() if name in metrics}
+        points = store.points(result.links.run_id, name)
+        assert len(points) == len(expected) and dict(points) == pytest.approx(expected), name
+    assert Path(result.links.figure).stat().st_size > 1000
+
+
+def check_export(config: RunConfig, result: RunResult) -> None:
+    """The exported model is the trained one: its weights are those of the last checkpoint, read by DeepSpeed's own
+    converter."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    exported = AutoModelForCausalLM.from_pretrained(result.export_dir, dtype=torch.float32).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).state_dict()
+    checkpoint = Path(result.run_dir, "checkpoints", f"step-{config.num_steps:06d}")
+    trained = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="deepspeed")
+    for name, tensor in trained.items():
+        assert torch.equal(exported[name], tensor), name
+    moved = max((exported[name] - before[name]).abs().max().item() for name in before)
+    assert moved > 5e-3, "nothing was trained"
+    tokenizer = AutoTokenizer.from_pretrained(result.export_dir)
+    assert tokenizer("abc")["input_ids"] == AutoTokenizer.from_pretrained(config.model.path)("abc")["input_ids"]
+
+
+def samples(result: RunResult, step: int, directory: Path) -> list[dict[str, Any]]:
+    """The table of the step's sampled rollouts."""
+    store = Store(result.links.tracking_uri)
+    table = json.loads(store.text(result.links.run_id, f"samples/step_{step:06d}.json", directory))
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def prompts_of(step: int, learner: int, num_learners: int) -> set[int]:
+    tickets = range(step * GROUPS_PER_STEP + learner, (step + 1) * GROUPS_PER_STEP, num_learners)
+    return {prompt_index(ticket, NUM_PROMPTS, seed=0) for ticket in tickets}
+
+
+def test_on_policy_with_one_generator_and_one_learner(run, tmp_path):
+    _, result, recorder = run("num_steps=4")
+    for step, metrics in result.history.items():
+        assert metrics["staleness/max"] == 0
+        assert metrics["sampling/logprob_diff"] < 1e-4, "the publish before this step did not arrive"
+        assert metrics["sampling/logprob_diff_max"] < 1e-3
+        assert metrics["timing_s/generate"] > 0 and metrics["timing_s/publish"] > 0
+        rows = samples(result, step, tmp_path)
+        assert len(rows) == GROUPS_PER_STEP * GROUP_SIZE
+        assert {row["prompt_id"] for row in rows} == prompts_of(step, 0, 1)
+        assert {row["policy_version"] for row in rows} == {step}
+        mean = sum(row["reward"] for row in rows) / len(rows)
+        assert metrics["reward/mean"] == pytest.approx(mean, rel=1e-6)
+        assert metrics["reward/share"] == pytest.approx(mean, rel=1e-6)
+        assert sum(row["num_tokens"] for row in rows) == metrics["completions/num_tokens"]
+        assert abs(sum(row["advantage"] for row in rows)) < 1e-4
+    assert recorder.warnings == []
+
+    prompt_ids, completion_ids = list(range(97, 137)), [100, 101, 32, 110, 120]
+    exported = AutoModelForCausalLM.from_pretrained(result.export_dir, dtype=torch.float32)
+    with torch.no_grad():
+        logits = exported(torch.tensor([prompt_ids + completion_ids])).logits[0, len(prompt_ids) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
+    assert vllm_logprobs(result.export_dir, prompt_ids, completion_ids) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_overlapped_with_two_generators_two_learners_zero_3_and_two_segments(run, tmp_path):
+    config, result, _ = run(
+        "max_staleness=1",
+        "generator.num_actors=2",
+        "learner.num_workers=2",
+        "learner.deepspeed.zero_optimization.stage=3",
+        "checkpoint.every=2",
+    )
+    for step in range(config.num_steps):
+        rows = samples(result, step, tmp_path)  # of the first learner's groups
+        assert {row["prompt_id"] for row in rows} == prompts_of(step, 0, 2), "the prompts do not depend on the machines"
+        assert all(step - 1 <= row["policy_version"] <= step for row in rows)
+    assert result.history[1]["staleness/max"] == 1, "the second step's groups were sampled while the first was trained"
+    assert result.history[1]["timing_s/publish"] > 0
+    assert sorted(path.name for path in Path(result.run_dir, "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_transformers_as_engine_and_a_reward_that_fails_now_and_then(run, tmp_path):
+    _, result, _ = run(
+        "generator.engine=transformers", "generator.vllm={}", "reward.functions=[{use: task:moody}]",
+        "reward.max_error_share=0.9",
+    )  # fmt: skip
+    failed = 0
+    for step, metrics in result.history.items():
+        rows = samples(result, step, tmp_path)
+        errors = [row for row in rows if row["error"]]
+        assert metrics["faults/reward_failed"] == len(errors)
+        assert all(row["reward"] is None and "a length I do not like" in row["error"] for row in errors)
+        assert metrics["sampling/logprob_diff"] < 1e-4
+        failed += len(errors)
+    assert 0 < failed < 3 * GROUPS_PER_STEP * GROUP_SIZE
+
+
+def test_too_many_failed_rewards_end_the_run_with_a_message(run):
+    with pytest.raises(RuntimeError) as stopped:
+        run("generator.engine=transformers", "generator.vllm={}", "reward.functions=[{use: task:broken}]")
+    message = str(stopped.value)
+    assert "100% of the step's 16 rollouts failed to get a reward" in message
+    assert "reward.max_error_share (10%)" in message
+    assert "\n" not in message and "Traceback" not in message
