@@ -1,7 +1,7 @@
 """The main loop: control in the driver, data in Ray Data.
 
-    launch      tracker, generators, controller            (Ray actors; the generators' engines start while the learners
-    do) train       TorchTrainer.fit: the learner gang pulls the stream, updates, publishes; the gate opens; and again
+    launch      tracker, generators, controller: Ray actors; the generators' engines start while the learners do
+    train       TorchTrainer.fit: the learner gang pulls the stream, updates, publishes; the gate opens; and again
     finish      the exported policy, the last figures, the summary
 
 The driver only waits and shows progress: no rollout passes through it.
