@@ -114,17 +114,19 @@ class _State:
     unchecked: bool
 
 
-@dataclass
 class _Pass:
-    """What the attention layers of one pass share; travels to them as the keyword argument `shared_prefix`."""
+    """What the attention layers of one pass share; travels to them as the keyword argument `shared_prefix`.
 
-    plan: AttentionPlan
-    backend: BackendChoice
-    prefix: PrefixState | None
-    layers: dict[int, tuple[Tensor, Tensor]] | None  # keys and values by layer, while they are wanted
-    check: bool
-    num_calls: int = 0
-    finished: bool = False  # recomputation under a checkpoint is not counted
+    Not a dataclass: FSDP copies those on their way into every layer.
+    """
+
+    def __init__(self, plan: AttentionPlan, state: _State, request: Request):
+        self.plan, self.backend, self.check = plan, state.backend, state.unchecked
+        self.prefix = request.prefix
+        # Keys and values by layer, where they are wanted.
+        self.layers: dict[int, tuple[Tensor, Tensor]] | None = {} if request.encode_only else None
+        self.num_calls = 0
+        self.finished = False  # what a checkpoint recomputes afterwards is not counted
 
 
 def _with_keyword(ordinary: Callable, special: Callable) -> Callable:
@@ -159,7 +161,7 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
     batch = request.batch.to(device)
     if model.training:
         check_modules(model.named_modules())
-    run = _Pass(batch.plan, state.backend, request.prefix, {} if request.encode_only else None, state.unchecked)
+    run = _Pass(batch.plan, state, request)
     with _our_attention(model):
         hidden = model.get_decoder()(
             input_ids=batch.input_ids[None],

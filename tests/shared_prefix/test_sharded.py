@@ -1,11 +1,12 @@
-"""A DeepSpeed engine of any ZeRO stage takes the steps that plain torch takes, parts and padding included."""
+"""Sharded models, whole and in parts: DeepSpeed takes the steps of plain torch, FSDP2 has its gradients."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
-SCRIPT = r"""
+DEEPSPEED = r"""
 import copy, functools, json, sys
 import torch, deepspeed
 from raygrpo.shared_prefix import PassCounts, accumulate_gradients, enable_shared_prefix
@@ -55,14 +56,37 @@ print("RESULTS" + json.dumps(results))
 """
 
 
+FSDP = r"""
+import copy, json
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from raygrpo.shared_prefix import accumulate_gradients, enable_shared_prefix
+from tests.shared_prefix.tiny import ragged_groups, tiny_model
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+model = tiny_model("qwen3", torch.float32, initializer_range=0.05)
+model.gradient_checkpointing_enable()
+enable_shared_prefix(model)
+plain = copy.deepcopy(model)
+for module in (*model.model.layers, model.lm_head, model):
+    fully_shard(module, mesh=mesh)
+loss_fn = lambda logprobs, part: (logprobs * (1 + part.tokens % 3)).mean()
+results = []
+for max_tokens in (1000, 30):
+    expected = accumulate_gradients(plain, ragged_groups(), loss_fn, max_tokens)
+    actual = accumulate_gradients(model, ragged_groups(), loss_fn, max_tokens)
+    pairs = zip(plain.parameters(), model.parameters(), strict=True)
+    error = max(((p.grad - q.grad.full_tensor()).abs().max() / p.grad.abs().max()).item() for p, q in pairs)
+    results.append([(actual.logprobs - expected.logprobs).abs().max().item(), error])
+print("RESULTS" + json.dumps(results))
+"""
+
+
 def test_zero_stages_take_the_steps_of_plain_torch():
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    script = SCRIPT.replace("tcp://127.0.0.1:0", f"tcp://127.0.0.1:{_free_port()}")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
-    results = json.loads(line.removeprefix("RESULTS"))
+    results = _run(DEEPSPEED)
     assert [row[:2] for row in results] == [[stage, tied] for stage in (1, 2, 3) for tied in (False, True)]
     for *_, error, moved, logprob_error in results:
         assert moved > 0.02
@@ -70,9 +94,24 @@ def test_zero_stages_take_the_steps_of_plain_torch():
         assert logprob_error < 2e-5
 
 
-def _free_port() -> int:
-    import socket
+def test_fsdp2_has_the_gradients_of_plain_torch():
+    for logprob_error, gradient_error in _run(FSDP):
+        assert logprob_error < 1e-5
+        assert gradient_error < 1e-5
 
+
+def _run(script: str) -> list:
+    """What a script prints after RESULTS, in a process of its own: both libraries keep global state."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    script = script.replace("tcp://127.0.0.1:0", f"tcp://127.0.0.1:{_free_port()}")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
+    return json.loads(line.removeprefix("RESULTS"))
+
+
+def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
