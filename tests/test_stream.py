@@ -26,8 +26,7 @@ class Streamed:
     """What the learners got."""
 
     by_step: list[list[list[ScoredGroup]]]  # [step][rank]
-    published_s: list[float]  # when the acknowledgements of each version were there
-    reports: list[Any]
+    reports: list[Any]  # of each version's publish
     warnings: list[str]
 
     @property
@@ -40,7 +39,7 @@ class Streamed:
 @pytest.fixture
 def stream(ray_session):
     """stream(script, ...) runs one segment the way Learner drives it, and checks what must hold of every stream."""
-    from raygrpo.stream import configure_ray_data, data_config, iterate_groups, segment_dataset
+    from raygrpo.stream import data_config, iterate_groups, segment_dataset
 
     ray = ray_session
     actors: list[Any] = []
@@ -55,9 +54,9 @@ def stream(ray_session):
         num_generators: int = 2,
         first_step: int = 0,
         max_replacements: int = 0,
+        groups_per_block: int = 1,
         learn_s: float = 0.1,
     ) -> Streamed:
-        configure_ray_data()
         actor = ray.remote(FakeGenerator).options(
             num_cpus=0.01, max_restarts=-1, max_task_retries=0, max_concurrency=100
         )
@@ -79,15 +78,15 @@ def stream(ray_session):
             [],
             groups_in_flight=(max_staleness + 1) * groups_per_step,
             max_replacements=max_replacements,
+            groups_per_block=groups_per_block,
         )
         shards = [rank["segment"] for rank in data_config().configure({"segment": dataset}, num_learners, None, None)]
         ray.get(controller.begin_attempt.remote(0))
-        result = Streamed([], [], [], [])
+        result = Streamed([], [], [])
 
         def publish(version: int) -> None:
             weights = ray.put({"version": version})
             result.reports.append(ray.get(controller.publish.remote(version, [weights]), timeout=120))
-            result.published_s.append(time.time())
 
         publish(first_step)
         ray.get(controller.begin_segment.remote("segment", first_step * groups_per_step))
@@ -109,7 +108,7 @@ def stream(ray_session):
 
         in_parallel(end, num_learners)
         result.warnings = ray.get(controller.status.remote()).warnings
-        check(result, groups_per_step, max_staleness, num_learners, first_step)
+        check(result, groups_per_step, max_staleness, num_learners, first_step, groups_per_block)
         return result
 
     yield run
@@ -137,13 +136,17 @@ def in_parallel(action: Any, num: int) -> None:
         raise errors[0]
 
 
-def check(streamed: Streamed, groups_per_step: int, max_staleness: int, num_learners: int, first_step: int) -> None:
-    """Every ticket once, in order, dealt round robin; staleness within its bound; prompts and seeds as claimed."""
+def check(
+    streamed: Streamed, groups_per_step: int, max_staleness: int, num_learners: int, first_step: int, block: int
+) -> None:
+    """Every ticket once, in order, dealt round robin in blocks; staleness within its bound; prompts and seeds as
+    claimed."""
     for index, ranks in enumerate(streamed.by_step):
         step = first_step + index
         for rank, groups in enumerate(ranks):
-            tickets = [scored.group.ticket for scored in groups]
-            assert tickets == list(range(step * groups_per_step + rank, (step + 1) * groups_per_step, num_learners))
+            starts = range(step * groups_per_step + rank * block, (step + 1) * groups_per_step, num_learners * block)
+            tickets = [start + place for start in starts for place in range(block)]
+            assert [scored.group.ticket for scored in groups] == tickets
         for scored in (scored for groups in ranks for scored in groups):
             group = scored.group
             if group.error:
@@ -163,7 +166,7 @@ def test_on_policy_every_group_is_sampled_by_the_version_it_trains(stream):
     streamed = stream(Script(seconds={straggler: 1.5}))
     for step, ranks in enumerate(streamed.by_step):
         assert {scored.group.policy_version for scored in ranks[0]} == {step}
-        assert min(scored.group.generate_start_s for scored in ranks[0]) >= streamed.published_s[step] - 0.5
+        assert min(scored.group.generate_start_s for scored in ranks[0]) >= streamed.reports[step].end_s
     assert {scored.group.generator for scored in streamed.groups} == {"g0", "g1"}
 
 
@@ -183,6 +186,19 @@ def test_behind_a_straggler_generating_goes_on_as_far_as_the_bound_allows(stream
     assert all(groups[ticket].generate_start_s > groups[straggler].generate_end_s for ticket in behind)
     staleness = [ticket // 4 - group.policy_version for ticket, group in groups.items()]
     assert max(staleness) == max_staleness
+
+
+def test_blocks_of_several_groups_keep_order_shares_and_staleness(stream):
+    streamed = stream(
+        Script(seconds={5: 1.0}, refuse=frozenset({6})),
+        groups_per_step=8,
+        num_steps=2,
+        max_staleness=1,
+        num_learners=2,
+        groups_per_block=2,
+    )
+    assert [scored.group.ticket for scored in streamed.groups] == list(range(16))
+    assert [scored.group.ticket for scored in streamed.groups if scored.group.error] == [6]
 
 
 def test_a_segment_may_begin_anywhere_in_the_run(stream):
