@@ -89,7 +89,7 @@ SCORED_GROUP_SCHEMA = pa.schema(
     ]
 )
 
-POLL_S = 0.02  # how long Ray Data waits before it looks for finished tasks again
+POLL_S, HOT_POLL_S, HOT_S = 0.05, 0.002, 0.15  # of Ray Data's loop: see AdaptivePoll
 CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
 
@@ -219,6 +219,7 @@ def segment_dataset(
     stage waits for as many at once. groups_per_block: how many travel together; divides num_tickets.
     max_replacements: algorithm.dynamic_sampling.
     """
+    _configure_ray_data()  # here: a dataset keeps the context of the process that builds it, which is Ray Train's
     blocks_in_flight = math.ceil(min(groups_in_flight, num_tickets) / groups_per_block)
     num_proxies = math.ceil(blocks_in_flight / CALLS_PER_PROXY)
     calls = math.ceil(blocks_in_flight / num_proxies)
@@ -259,26 +260,40 @@ def data_config() -> ray.train.DataConfig:
     return ray.train.DataConfig(execution_options=options, enable_shard_locality=False)
 
 
-def configure_ray_data() -> None:
+def _configure_ray_data() -> None:
     """Settings of the process's DataContext: no timeout of Ray Data's own, no progress bars beside ours, a shorter
     poll."""
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if ShortPoll not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(ShortPoll)
+    if AdaptivePoll not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(AdaptivePoll)
 
 
-class ShortPoll(ExecutionCallback):
-    """While any task waits, as claims at the gate do, Ray Data 2.60 looks for finished ones every 0.1 s only, and a
-    group passes several such waits on its way. The period is a constant of its module; this sets it in the process that
-    executes."""
+class AdaptivePoll(ExecutionCallback):
+    """Let finished groups move on at once, without a loop that spins while nothing happens.
+
+    As long as any task waits, as claims at the gate do, a round of Ray Data 2.60's loop lasts 0.1 s, and a group needs
+    several rounds on its way to the learner. That period is a constant of its module: this sets it, in the process that
+    executes, to almost nothing for a moment after something finished, and to POLL_S otherwise.
+    """
 
     def before_execution_starts(self, executor: Any) -> None:
+        self._finished = -1
+        self._hot_until_s = 0.0
+
+    def on_execution_step(self, executor: Any) -> None:
         from ray.data._internal.execution import streaming_executor_state
 
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = POLL_S
+        metrics = [operator.metrics for operator in executor._topology]
+        finished = sum(m.num_tasks_finished + m.num_task_outputs_generated for m in metrics)
+        now = time.monotonic()
+        if finished != self._finished:
+            self._finished = finished
+            self._hot_until_s = now + HOT_S
+        period = HOT_POLL_S if now < self._hot_until_s else POLL_S
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = period
 
 
 def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:

@@ -237,10 +237,9 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from raygrpo.roles.learner import SEGMENT, TAIL, LearnerSetup, run_learner
-    from raygrpo.stream import configure_ray_data, data_config, segment_dataset
+    from raygrpo.stream import data_config, segment_dataset
 
     config = prepared.config
-    configure_ray_data()
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     learner = config.learner
     resources = {"CPU": learner.num_cpus} | ({"GPU": learner.num_gpus} if learner.num_gpus else {})
