@@ -192,7 +192,7 @@ def test_more_gpus_than_there_are_is_a_problem(invoke, monkeypatch):
     monkeypatch.setattr("raygrpo.check.available_gpus", lambda: 1)
     result = invoke("learner.num_gpus=1", "generator.num_gpus=0.5")
     assert result.exit_code == 1
-    assert "asks for 1.5 GPUs and this machine has 1" in result.output
+    assert "asks for 1.5 GPUs, this machine has 1" in result.output
     assert invoke("learner.num_gpus=0.5", "generator.num_gpus=0.5").exit_code == 0
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may have more than this machine
     assert invoke("learner.num_gpus=8").exit_code == 0
@@ -273,7 +273,7 @@ def test_lengths_that_do_not_fit_together(invoke):
     message = refusal(invoke, "data.max_prompt_tokens=120")
     assert "data.max_prompt_tokens (120)" in message and "(20)" in message and "128 tokens" in message
     message = refusal(invoke, "learner.max_tokens=60")
-    assert "learner.max_tokens (60)" in message and "41 + 20" in message and "raise it to 61" in message
+    assert "learner.max_tokens (60)" in message and "41 + 20" in message and "set 61" in message
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "a", ', "[1, 2]", '{"prompt": 3, "answer": 4}', "nonsense"])
