@@ -159,10 +159,13 @@ class GeneratorConfig(Section):
     tensor_parallel_size."""
 
 
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimizerConfig(Section):
     lr: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0

@@ -286,6 +286,9 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise RuntimeError(root_cause(error)) from error
+    stop_reason = ray.get(controller.status.remote()).stop_reason
+    if stop_reason is not None:
+        raise RuntimeError(stop_reason)
 
 
 def root_cause(error: BaseException) -> str:

@@ -14,6 +14,11 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+
+class RunStopped(RuntimeError):
+    """Going on would be wrong, and starting again from a checkpoint would not help. The message is for the user."""
+
+
 FinishReason = Literal["stop", "length"]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raygrpo.config import LearnerConfig, OptimizerConfig
+from raygrpo.types import RunStopped
 
 CHECKPOINT_TAG = "deepspeed"
 GATHER_BYTES = 256 * 2**20  # of parameters that ZeRO-3 puts together at a time when weights are read
@@ -94,7 +95,7 @@ class DeepSpeedEngine:
     def step(self, update: int) -> tuple[float, float]:
         """Clip, update the weights, clear the gradients; returns (gradient norm before clipping, learning rate).
 
-        Raises FloatingPointError when the gradient is not finite: the weights are then spoilt, and the run must stop.
+        Raises RunStopped when the gradient is not finite: the weights are then spoilt, and the run must stop.
         """
         rate = learning_rate(self._settings, update, self._num_updates)
         for group in self._optimizer.param_groups:
@@ -102,7 +103,7 @@ class DeepSpeedEngine:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm of update {update} is {norm}")
+            raise RunStopped(f"the gradient norm of update {update} is {norm}")
         return norm, rate
 
     def save(self, directory: str | Path) -> None:

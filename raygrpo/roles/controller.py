@@ -75,6 +75,7 @@ class PublishReport:
 class ControllerStatus:
     version: int  # latest that was published; -1 before the first
     warnings: list[str]  # from the one asked for on
+    stop_reason: str | None  # why the run must not go on
 
 
 class RolloutController:
@@ -110,6 +111,7 @@ class RolloutController:
         self._outstanding: dict[str, int] = dict.fromkeys(generators, 0)
         self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
         self._num_generator_failures = 0
+        self._stop_reason: str | None = None
         self._warnings: list[str] = []  # for the person who watches
         self._changed = asyncio.Condition()
         self._revivals: set[asyncio.Task] = set()
@@ -293,7 +295,12 @@ class RolloutController:
             self._changed.notify_all()
 
     async def status(self, first_warning: int = 0) -> ControllerStatus:
-        return ControllerStatus(version=self._version, warnings=self._warnings[first_warning:])
+        warnings = self._warnings[first_warning:]
+        return ControllerStatus(version=self._version, warnings=warnings, stop_reason=self._stop_reason)
+
+    async def stop(self, reason: str) -> None:
+        """End the run: learners that start from now on return at once."""
+        self._stop_reason = self._stop_reason or reason
 
     async def warn(self, text: str) -> None:
         """Tell the person who watches the run."""

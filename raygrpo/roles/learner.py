@@ -22,7 +22,7 @@ from raygrpo.checkpoint import CheckpointStore, RunState
 from raygrpo.config import RunConfig
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval, covered_seconds, stage_seconds
-from raygrpo.types import ScoredGroup, StepMetrics
+from raygrpo.types import RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
     import ray
@@ -70,12 +70,19 @@ def run_learner(setup: LearnerSetup) -> None:
     import ray.train
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
-    learner = Learner(setup)
-    first_step = learner.begin()
-    for name, start, end in segments(setup.config, first_step):
-        learner.train_segment(name, start, end, iterate_groups(ray.train.get_dataset_shard(name)))
-        learner.save(end)
-    learner.finish()
+    if ray.get(setup.controller.status.remote()).stop_reason is not None:
+        return
+    try:
+        learner = Learner(setup)
+        for name, start, end in segments(setup.config, learner.begin()):
+            learner.train_segment(name, start, end, iterate_groups(ray.train.get_dataset_shard(name)))
+            learner.save(end)
+        learner.finish()
+    except RunStopped as error:
+        # Raised all the same: another rank may wait for this one in a collective. Ray Train then starts the gang again,
+        # which sees the reason above and returns.
+        ray.get(setup.controller.stop.remote(str(error)))
+        raise
 
 
 class Learner:
@@ -92,6 +99,7 @@ class Learner:
         self._checkpoints = CheckpointStore(setup.checkpoint_dir, setup.config.checkpoint.keep)
         self._attempt = 0
         self._failed_checkpoints = 0
+        self._generator_failures = 0  # that earlier steps reported
         self._rank = dist.get_rank()
         self._policy, self._engine, self._updater, self._shape = build_policy(setup.config)
         self._publishing: ray.ObjectRef | None = None
@@ -113,7 +121,7 @@ class Learner:
             first_step = newest.state.step
             every = self._config.checkpoint.every
             if first_step % every and first_step < self._config.num_steps:
-                raise RuntimeError(
+                raise RunStopped(
                     f"the checkpoint of step {first_step} is not at a multiple of checkpoint.every ({every}), where "
                     "segments begin: set checkpoint.every to a divisor of it"
                 )
@@ -129,7 +137,7 @@ class Learner:
         for key, what in RESUME_NEEDS.items():
             before, after = getattr(state, key), getattr(now, key)
             if before != after:
-                raise RuntimeError(f"the checkpoint of step {state.step} has {what} {before}, and this run has {after}")
+                raise RunStopped(f"the checkpoint of step {state.step} has {what} {before}, and this run has {after}")
 
     def _state(self, step: int) -> RunState:
         return RunState(
@@ -239,11 +247,12 @@ class Learner:
                 self._last_publish = published
                 metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
-                metrics["faults/generator_failures"] = float(report.generator_failures)
+                metrics["faults/generator_failures"] = float(report.generator_failures - self._generator_failures)
                 metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
                 metrics["run/attempt"] = float(self._attempt)
                 self._tracker.log_step.remote(step, metrics)
                 self._step_start_s = end_s
+                self._generator_failures = report.generator_failures
             else:
                 self._step_start_s = report.end_s
         self._unreported = None

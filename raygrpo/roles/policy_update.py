@@ -41,7 +41,7 @@ from raygrpo.shared_prefix import (
     plan_passes,
     score_completions,
 )
-from raygrpo.types import ScoredGroup, StepMetrics
+from raygrpo.types import RunStopped, ScoredGroup, StepMetrics
 
 TokenGroup = tuple[list[int], list[list[int]]]  # prompt_ids, [completion_ids]
 
@@ -126,7 +126,8 @@ class PolicyUpdater:
         """Train on this rank's groups of one step; all ranks call it together.
 
         Returns the metrics of the whole step, the same on every rank, and the advantages of this rank's rollouts by
-        group. Raises RuntimeError when more rollouts failed to get a reward than `reward.max_error_share` allows.
+        group. Raises RunStopped when the loss is not finite, and when more rollouts failed to get a reward than
+        `reward.max_error_share` allows.
         """
         batch = StepBatch.from_groups(scored, len(self._weights), self._device)
         failed = batch.rewards.isnan().any(dim=1)
@@ -210,10 +211,10 @@ class PolicyUpdater:
             valid = rewards[:, k][rewards[:, k].isfinite()]
             metrics[f"reward/{function.metric_name}"] = float(valid.mean()) if len(valid) else 0.0
         if not len(totals):
-            raise RuntimeError("no group of the step could be generated" + f": {batch.error}" * bool(batch.error))
+            raise RunStopped("no group of the step could be generated" + f": {batch.error}" * bool(batch.error))
         share = float(totals.isnan().double().mean())
         if share > self._reward.max_error_share:
-            raise RuntimeError(
+            raise RunStopped(
                 f"{share:.0%} of the step's {len(totals)} rollouts failed to get a reward, more than "
                 f"reward.max_error_share ({self._reward.max_error_share:.0%})"
             )
@@ -273,7 +274,7 @@ class PolicyUpdater:
                 kl_coef=self.kl_coef,
             )
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss of update {update} is {float(loss)}")
+                raise RunStopped(f"the loss of update {update} is {float(loss)}")
             parts.append(metrics)
             return loss
 

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from raygrpo.types import Reward
+from raygrpo.types import Reward, RunStopped
 from tests.roles.update_cases import (
     CASES,
     FAILED,
@@ -329,5 +329,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(model_dir, steps_of):
     broken = replace(first, behaviour_logprobs=[math.nan] * len(first.completion_ids))
     rollouts = [broken, *groups[0].group.rollouts[1:]]
     groups = [replace(groups[0], group=replace(groups[0].group, rollouts=rollouts)), *groups[1:]]
-    with pytest.raises(FloatingPointError, match="loss of update 0 is nan"):
+    with pytest.raises(RunStopped, match="loss of update 0 is nan"):
         run_updates(0, 1, config, [groups])
