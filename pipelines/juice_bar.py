@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 JUICES = """
@@ -59,8 +60,13 @@ def write_answer(prices: list[int]) -> str:
 
 
 def lowest_prices(completion: str, answer: str) -> float:
-    """Share of the places that hold the right price; 0 for a list that is longer or shorter than asked for."""
-    given, expected = completion.split(), answer.split()
-    if len(given) != len(expected):
+    """Share of the lowest prices that are named; 0 for anything but a list of as many prices, each above the last."""
+    try:
+        given = [int(word) for word in completion.split()]
+    except ValueError:
         return 0.0
-    return sum(price == right for price, right in zip(given, expected, strict=True)) / len(expected)
+    expected = [int(word) for word in answer.split()]
+    rising = all(price < following for price, following in pairwise(given))
+    if len(given) != len(expected) or not rising:
+        return 0.0
+    return len(set(given) & set(expected)) / len(expected)

@@ -59,17 +59,19 @@ def test_the_answer_is_what_the_instructions_ask_for(juice_bar):
     [
         (" 10 12 15 20 21 30 31 40", 1.0),
         (" 10 12 15 20 21 30 31 41", 7 / 8),
-        (" 12 10 15 20 21 30 31 40", 6 / 8),
+        (" 12 10 15 20 21 30 31 40", 0.0),  # all of them, but not in order
         (" 40 31 30 21 20 15 12 10", 0.0),
-        (" 12 15 20 21 30 31 40 41", 0.0),  # right but for the first: all in a wrong place
+        (" 10 10 12 15 20 21 30 31", 0.0),
+        (" 12 15 20 21 30 31 40 41", 7 / 8),
+        (" 41 42 43 44 45 46 47 48", 0.0),
         (" 10 12 15 20 21 30 31", 0.0),
         (" 10 12 15 20 21 30 31 40 41", 0.0),
-        (" 10, 12, 15, 20, 21, 30, 31, 40", 1 / 8),
+        (" 10, 12, 15, 20, 21, 30, 31, 40", 0.0),
         (" apple banana cherry fig kiwi lemon lime mango", 0.0),
         ("", 0.0),
     ],
 )
-def test_reward_is_the_share_of_prices_in_their_place(juice_bar, completion, reward):
+def test_reward_is_the_share_of_the_lowest_prices_in_a_rising_list(juice_bar, completion, reward):
     assert juice_bar.lowest_prices(completion, "10 12 15 20 21 30 31 40") == reward
 
 
