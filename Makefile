@@ -43,4 +43,4 @@ test-slow: install .venv/peers
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines && $(BIN)/pyright

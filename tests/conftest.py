@@ -76,3 +76,8 @@ def process_group(_gloo: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cannot lose it); the variables do not, for others take them as a sign of a launcher."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("LOCAL_RANK", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need Ray run first: starting it forks this process, which later tests make too large for that."""
+    items.sort(key=lambda item: "ray_session" not in getattr(item, "fixturenames", ()))

@@ -79,6 +79,9 @@ class DeepSpeedEngine:
             weight_decay=self._settings.weight_decay,
         )
         config = deepspeed_config(learner, dtype)
+        # DeepSpeed allocates its reduction buckets whole, 2 GB each by default: no more than the parameters need.
+        bucket_size = min(500_000_000, sum(p.numel() for p in parameters))
+        config["zero_optimization"] = {"reduce_bucket_size": bucket_size} | config["zero_optimization"]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         self._is_zero3 = self._engine.zero_optimization_partition_weights()
 
