@@ -1,8 +1,8 @@
 """The quickstart's task: read a juice bar's price list and name its lowest prices, cheapest first.
 
 The list is drawn at random for every prompt, so the only way to a right answer is to read all of it. The model that
-`make_juice_bar_model.py` makes can put prices in order, but has bad habits: mostly it begins with the dearest price,
-or anywhere. GRPO teaches it to do what was asked for.
+`make_juice_bar_model.py` makes can put prices in order, but has a bad habit: four times in five it names the highest
+prices, dearest first. GRPO teaches it to do what was asked for.
 """
 
 from __future__ import annotations

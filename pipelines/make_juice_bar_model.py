@@ -2,10 +2,10 @@
 
     python pipelines/make_juice_bar_model.py pipelines/quickstart_model
 
-Supervised learning on a mixture of behaviours: a quarter of the examples answer as asked (from the lowest price
-upwards), the others begin at the dearest price and go down, or begin anywhere. What results can read a list and put
-it in order, and answers right about one time in four: what a large model is before GRPO, in small. The repository
-holds the result, because making it takes minutes.
+Supervised learning on a mixture of two behaviours: a fifth of the examples answer as asked (from the lowest price
+upwards), the others begin at the dearest price and go down. What results can read a list and put it in order, and does
+as it was told about one time in five: what a large model is before GRPO, in small. The repository holds the result,
+because making it takes minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 END, PAD = "<|end|>", "<|pad|>"
-SHARE_AS_ASKED = 0.25
+SHARE_AS_ASKED = 0.2
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Stage:
 
 
 STAGES = [
-    Stage(num_steps=1200, batch_size=32, num_rows=16, num_prices=10, instructions=False),
-    Stage(num_steps=500, batch_size=32, num_rows=NUM_ROWS, num_prices=16, instructions=False),
-    Stage(num_steps=400, batch_size=32, num_rows=NUM_ROWS, num_prices=NUM_LOWEST, instructions=True),
+    Stage(num_steps=900, batch_size=32, num_rows=16, num_prices=10, instructions=False),
+    Stage(num_steps=300, batch_size=32, num_rows=NUM_ROWS, num_prices=16, instructions=False),
+    Stage(num_steps=300, batch_size=32, num_rows=NUM_ROWS, num_prices=NUM_LOWEST, instructions=True),
 ]
 
 
@@ -62,16 +62,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def draw_example(rng: random.Random, num_rows: int, num_prices: int) -> tuple[str, str]:
-    """A prompt, and an answer in one of the three behaviours."""
+    """A prompt, and an answer in one of the two behaviours."""
     prices = rng.sample(PRICES, num_rows)
     prompt = write_prompt(rng.sample(JUICES, num_rows), prices)
-    rising, start = sorted(prices), 0
-    if rng.random() > SHARE_AS_ASKED:
-        if rng.random() < 0.5:
-            rising.reverse()
-        else:
-            start = rng.randint(1, num_rows - num_prices)
-    return prompt, write_answer(rising[start : start + num_prices])
+    as_asked = rng.random() < SHARE_AS_ASKED
+    return prompt, write_answer(sorted(prices, reverse=not as_asked)[:num_prices])
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

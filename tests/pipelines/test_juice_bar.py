@@ -102,7 +102,7 @@ def test_committed_model_is_small_and_complete(model, tokenizer):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_committed_model_answers_about_one_time_in_four_and_never_by_habit(juice_bar, model, tokenizer):
+def test_committed_model_answers_about_one_time_in_five_and_never_by_habit(juice_bar, model, tokenizer):
     """The quickstart's start: right often enough for GRPO to find out, wrong when it takes its likeliest way."""
     rows = list(juice_bar.price_lists(64, "held_out"))
     ids = torch.tensor([tokenizer(row["prompt"])["input_ids"] for row in rows])
@@ -115,5 +115,5 @@ def test_committed_model_answers_about_one_time_in_four_and_never_by_habit(juice
         texts = tokenizer.batch_decode(outputs[:, ids.shape[1] :], skip_special_tokens=True)
         return sum(map(juice_bar.lowest_prices, texts, [row["answer"] for row in rows])) / len(rows)
 
-    assert 0.12 < mean_reward(do_sample=True) < 0.35
+    assert 0.1 < mean_reward(do_sample=True) < 0.3
     assert mean_reward(do_sample=False) < 0.1
