@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ import xxhash
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 READ_BYTES = 16 * 2**20
 
@@ -40,6 +41,7 @@ class RunState:
     prompts_digest: str  # a ticket stands for the same prompt only while this holds
     groups_per_step: int
     seed: int
+    mean_reward: float  # over the steps since the checkpoint before; NaN without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +60,12 @@ class _Manifest:
 class CheckpointStore:
     """The checkpoints of one run, in one directory that all learners see."""
 
-    def __init__(self, root: str | Path, keep: int):
-        """keep: how many of the newest stay; older ones are deleted when a new one is whole."""
+    def __init__(self, root: str | Path, *, keep: int, keep_best: int = 0):
+        """keep: how many of the newest stay; keep_best: and how many of the others, those with the highest
+        mean_reward. The rest is deleted when a new one is whole."""
         self.root = Path(root)
         self._keep = keep
+        self._keep_best = keep_best
 
     def begin(self, step: int) -> Path:
         """An empty directory to write the checkpoint of `step` into. One process calls this, before all write."""
@@ -83,7 +87,8 @@ class CheckpointStore:
         shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at the same step
         os.rename(partial, final)
         _flush_directory(self.root)
-        for old in self._directories()[self._keep :]:
+        others = sorted(self._directories()[self._keep :], key=_mean_reward, reverse=True)
+        for old in others[self._keep_best :]:
             shutil.rmtree(old, ignore_errors=True)
         return Checkpoint(directory=final, state=state)
 
@@ -125,6 +130,14 @@ def _verified(directory: Path) -> Checkpoint:
         if _size_and_digest(path)[1] != expected[1]:
             raise ValueError(f"the digest of {name} does not match its bytes")
     return Checkpoint(directory=directory, state=RunState(**manifest.state))
+
+
+def _mean_reward(directory: Path) -> float:
+    try:
+        value = json.loads((directory / MANIFEST).read_text())["state"]["mean_reward"]
+    except (OSError, ValueError, KeyError):
+        return -math.inf
+    return -math.inf if math.isnan(value) else value
 
 
 def _files(directory: Path) -> list[Path]:

@@ -144,7 +144,16 @@ class GeneratorConfig(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples: vLLM, or transformers' own generation for machines without vLLM (slow)."""
     num_actors: PositiveInt = 1
-    """Generator processes, each with one engine."""
+    """Generator processes, each with one engine; with max_actors the least."""
+    max_actors: PositiveInt | None = None
+    """The pool grows up to this many while more groups wait than target_groups for each, and shrinks again; null: it
+    stays at num_actors."""
+    target_groups: PositiveInt | None = None
+    """Groups in flight that one generator of a growing pool should have; null: max_groups."""
+    scale_down_after_s: PositiveFloat = 120.0
+    """A growing pool loses a generator that was not needed for this long."""
+    group_timeout_s: PositiveFloat = 1800.0
+    """A generator that holds a group for longer has hung: it is restarted, and its groups go to others."""
     sampling: SamplingConfig = SamplingConfig()
     max_groups: PositiveInt = 32
     """Groups that one generator samples at a time; further ones wait."""
@@ -153,10 +162,23 @@ class GeneratorConfig(Section):
     num_gpus: NonNegativeFloat = 0.0
     """GPUs for each generator."""
     num_threads: PositiveInt | None = None
-    """Threads of the engine's CPU kernels; null: the machine's cores, shared evenly among generators."""
+    """Threads of the engine's CPU kernels; null: the machine's cores, shared evenly among num_actors generators."""
     vllm: dict[str, Any] = {}
     """Passed to vllm.LLM as they are, e.g. max_model_len, gpu_memory_utilization, kv_cache_memory_bytes,
     tensor_parallel_size."""
+
+
+    @model_validator(mode="after")
+    def _pool(self) -> GeneratorConfig:
+        if self.max_actors is not None and self.max_actors < self.num_actors:
+            raise ValueError(
+                f"generator.max_actors ({self.max_actors}) is less than generator.num_actors ({self.num_actors})"
+            )
+        if self.target_groups is not None and self.max_actors is None:
+            raise ValueError(
+                f"generator.target_groups ({self.target_groups}) sizes a pool that grows: set generator.max_actors too"
+            )
+        return self
 
 
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -249,6 +271,16 @@ class CheckpointConfig(Section):
     stream."""
     keep: PositiveInt = 2
     """Newest checkpoints that stay on disk."""
+    keep_best: NonNegativeInt = 0
+    """Besides them, those with the highest mean reward over the steps before them."""
+
+
+class WatchdogConfig(Section):
+    timeout_s: PositiveFloat = 1800.0
+    """The run is stuck when for this long no group finished, no weights were published and no step was trained."""
+    action: Literal["restart", "fail"] = "restart"
+    """What happens then, after a report: restart what is stuck (generators that hold groups, else the learners, from
+    the last checkpoint), or end the run."""
 
 
 class TrackingConfig(Section):
@@ -288,6 +320,10 @@ class RunConfig(Section):
     groups_per_block: PositiveInt = 1
     """Groups that travel through the stream together. More of them lower the stream's cost for each, which shows where
     a step takes a second or two; with 1 a group is scored as soon as its completions are there."""
+    deterministic: bool = False
+    """The same weights to the last bit in every run of this configuration, whatever dies meanwhile and however many
+    generators there are: each engine samples one group at a time, and kernels run on one thread unless num_threads says
+    otherwise. Slower; needs max_staleness 0."""
     output_dir: str = "runs"
     """Where runs are written, each in a directory of its own (relative to the current directory)."""
     model: ModelConfig
@@ -297,6 +333,7 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -323,6 +360,21 @@ class RunConfig(Section):
             # The default of a field of one section is a value of another: only the tree can fill it in.
             length = self.generator.sampling.max_tokens
             object.__setattr__(self, "algorithm", algorithm.model_copy(update={"aggregation_length": length}))
+        return self
+
+    @model_validator(mode="after")
+    def _deterministic_mode(self) -> RunConfig:
+        if not self.deterministic:
+            return self
+        if self.max_staleness:
+            raise ValueError(
+                f"deterministic needs max_staleness 0, not {self.max_staleness}: which version samples a group would "
+                "depend on how fast the machines are"
+            )
+        for name in ("generator", "learner"):  # as many threads on every machine: sums are then added in one order
+            section = getattr(self, name)
+            pinned = section.model_copy(update={"num_threads": section.num_threads or 1})
+            object.__setattr__(self, name, pinned)
         return self
 
     @model_validator(mode="after")

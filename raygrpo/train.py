@@ -83,7 +83,7 @@ def train(
         watcher.on_phase("starting generators and learners")
         tracker = launch_tracker(config, run_dir, resume_command)
         generators = launch_generators(prepared, run_dir.name)
-        controller = launch_controller(prepared, generators, run_dir.name)
+        controller = launch_controller(prepared, generators, run_dir)
         status = "FAILED"
         try:
             with _follow(tracker, controller, watcher):
@@ -189,38 +189,51 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
 def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
     """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for
     them."""
-    import ray
+    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run_name=run_name)
+    names = [f"generator-{index}" for index in range(prepared.config.generator.num_actors)]
+    return {name: launch(name) for name in names}
 
-    from raygrpo.roles.generator import Generator
 
-    config = prepared.config
-    generators = {}
-    for index in range(config.generator.num_actors):
-        name = f"generator-{index}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorLauncher:
+    """Makes a generator of the run; the controller takes it along, for a pool that grows."""
+
+    config: RunConfig
+    max_model_len: int
+    run_name: str
+
+    def __call__(self, name: str) -> ActorHandle:
+        import ray
+
+        from raygrpo.roles.generator import Generator
+
+        settings = self.config.generator
         actor = ray.remote(Generator).options(
-            name=f"{run_name}-{name}",
-            num_cpus=config.generator.num_cpus,
-            num_gpus=config.generator.num_gpus,
+            name=f"{self.run_name}-{name}",
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
             max_restarts=-1,
             max_task_retries=0,
         )
-        generators[name] = actor.remote(
+        return actor.remote(
             name,
-            config.model,
-            config.generator,
-            max_model_len=prepared.max_model_len,
+            self.config.model,
+            settings,
+            max_model_len=self.max_model_len,
             version_timeout_s=VERSION_TIMEOUT_S,
+            deterministic=self.config.deterministic,
         )
-    return generators
 
 
-def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle], run_name: str) -> ActorHandle:
+def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle], run_dir: Path) -> ActorHandle:
     import ray
 
     from raygrpo.roles.controller import RolloutController
 
     config = prepared.config
-    actor = ray.remote(RolloutController).options(name=f"{run_name}-controller", num_cpus=0, max_concurrency=10_000)
+    actor = ray.remote(RolloutController).options(
+        name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
+    )
     return actor.remote(
         prepared.prompts,
         generators,
@@ -228,6 +241,10 @@ def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle],
         groups_per_step=config.groups_per_step,
         group_size=config.group_size,
         max_staleness=config.max_staleness,
+        settings=config.generator,
+        watchdog=config.watchdog,
+        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run_name=run_dir.name),
+        report_dir=str(run_dir),
     )
 
 
@@ -237,6 +254,7 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from raygrpo.roles.learner import SEGMENT, TAIL, LearnerSetup, run_learner
+    from raygrpo.roles.link import RayLink
     from raygrpo.stream import data_config, segment_dataset
 
     config = prepared.config
@@ -259,17 +277,16 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
 
     whole, rest = divmod(config.num_steps, config.checkpoint.every)
     lengths = ({SEGMENT: config.checkpoint.every} if whole else {}) | ({TAIL: rest} if rest else {})
+    link = RayLink(controller, tracker)
     setup = LearnerSetup(
         config=config,
-        controller=controller,
-        tracker=tracker,
+        link=link,
         prompts_digest=prepared.prompts.digest,
         checkpoint_dir=str(run_dir / CHECKPOINT_DIR),
         export_dir=str(run_dir / EXPORT_DIR),
     )
     trainer = TorchTrainer(
-        run_learner,
-        train_loop_config=setup,  # type: ignore[arg-type]
+        lambda: run_learner(setup, link),
         scaling_config=ray.train.ScalingConfig(
             num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
         ),
@@ -282,13 +299,14 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         datasets={name: dataset(name, length) for name, length in lengths.items()},
         dataset_config=data_config(),
     )
+    failure: BaseException | None = None
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(root_cause(error)) from error
+        failure = error
     stop_reason = ray.get(controller.status.remote()).stop_reason
-    if stop_reason is not None:
-        raise RuntimeError(stop_reason)
+    if stop_reason is not None or failure is not None:
+        raise RuntimeError(stop_reason or root_cause(failure)) from failure
 
 
 def root_cause(error: BaseException) -> str:
@@ -314,7 +332,11 @@ def _follow(tracker: ActorHandle, controller: ActorHandle, watcher: Watcher) -> 
         last = False
         while not last:
             last = done.wait(POLL_S)  # one more look after the end
-            status = ray.get(controller.status.remote(num_warnings["controller"]))
+            try:
+                status = ray.get(controller.status.remote(num_warnings["controller"]))
+            except ray.exceptions.RayActorError:  # Ray starts it again, with no warnings yet
+                num_warnings["controller"] = 0
+                continue
             warnings = {
                 "controller": status.warnings,
                 "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),

@@ -11,6 +11,7 @@ Shapes: G completions of one prompt, C tokens of one completion, K reward functi
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -58,6 +59,24 @@ class RolloutGroup:
     error: str = ""
     replacement: int = 0  # dynamic sampling: how many prompts of this ticket were given up before this one
 
+    def flaw(self, *, ticket: int, num_completions: int, min_version: int) -> str:
+        """What is wrong with this as a generator's answer to a claim; "" where nothing is."""
+        if self.ticket != ticket:
+            return f"it is of ticket {self.ticket}"
+        if len(self.rollouts) != num_completions:
+            return f"it has {len(self.rollouts)} of {num_completions} completions"
+        if self.policy_version < min_version:
+            return f"it is of version {self.policy_version}, older than {min_version}"
+        for index, rollout in enumerate(self.rollouts):
+            ids, logprobs = rollout.completion_ids, rollout.behaviour_logprobs
+            if not ids or len(logprobs) != len(ids):
+                return f"completion {index} has {len(ids)} tokens and {len(logprobs)} log-probabilities"
+            if not all(-math.inf < value < 0.01 for value in logprobs):  # rounding may lift certainty over 0
+                return f"completion {index} has log-probabilities that are none"
+            if min(ids) < 0:
+                return f"completion {index} has the token {min(ids)}"
+        return ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
@@ -76,6 +95,11 @@ class ScoredGroup:
     rewards: list[Reward]  # [G]
     score_start_s: float  # unix time
     score_end_s: float
+
+    @property
+    def totals(self) -> list[float]:
+        """[G]: total rewards, NaN where a reward failed."""
+        return [math.nan if reward.error else reward.total for reward in self.rewards]
 
 
 StepMetrics = dict[str, float]  # metric name -> value, for one step

@@ -64,6 +64,9 @@ class SamplingEngine(Protocol):
         May be called while groups are being sampled. Computes everything anew: no cached prefix is used.
         """
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed of prompts. Raises RuntimeError while completions are unfinished."""
+
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace all weights, and forget everything that was computed with the old ones (prefix cache included).
 

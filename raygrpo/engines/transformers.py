@@ -91,6 +91,13 @@ class TransformersEngine:
         logprobs = logits.float().log_softmax(-1)  # [C, V]
         return logprobs.gather(1, ids[0, len(prompt_ids) :, None])[:, 0].tolist()
 
+    def reset_prefix_cache(self) -> None:
+        if self.num_unfinished:
+            raise RuntimeError(
+                f"{self.num_unfinished} completions are unfinished: the cache changes between groups only"
+            )
+        # Nothing to forget: a group's cache ends with the group.
+
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         if self._groups:
             raise RuntimeError(f"{self.num_unfinished} completions are unfinished: weights change between groups only")

@@ -209,11 +209,15 @@ class VllmEngine:
             raise EngineDeadError(
                 f"vLLM failed while it loaded new weights: {type(error).__name__}: {error}"
             ) from error
-        # vLLM keeps the old weights' keys and values otherwise. It refuses while blocks are in use.
-        if not self._engine.reset_prefix_cache():
-            raise EngineDeadError(
-                "vLLM did not reset its prefix cache: it would mix keys and values of old and new weights"
+        self.reset_prefix_cache()  # vLLM keeps the old weights' keys and values otherwise
+
+    def reset_prefix_cache(self) -> None:
+        if self.num_unfinished:
+            raise RuntimeError(
+                f"{self.num_unfinished} completions are unfinished: the cache changes between groups only"
             )
+        if not self._engine.reset_prefix_cache():  # it refuses while blocks are in use
+            raise EngineDeadError("vLLM did not reset its prefix cache: it would mix old and new keys and values")
 
     def _add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
         from vllm.inputs.engine import tokens_input

@@ -74,9 +74,9 @@ def _answer(
         return
     for index, arguments in enumerate(calls):
         try:
-            outcome = _as_reward(function.call(**arguments))
+            outcome = as_reward(function.call(**arguments))
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            outcome = _failure(error)
+            outcome = describe_failure(error)
         send(connection, {"call": index} | outcome)
 
 
@@ -86,9 +86,9 @@ async def _answer_async(
     async def answer(index: int, arguments: dict[str, Any]) -> None:
         try:
             async with asyncio.timeout(timeout_s) as timer:
-                outcome = _as_reward(await function.call(**arguments))
+                outcome = as_reward(await function.call(**arguments))
         except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
-            outcome = {} if timer.expired() else _failure(error)
+            outcome = {} if timer.expired() else describe_failure(error)
         if timer.expired():
             outcome = {"error": f"took longer than {timeout_s:g} s"}
         send(connection, {"call": index} | outcome)
@@ -96,7 +96,7 @@ async def _answer_async(
     await asyncio.gather(*(answer(index, arguments) for index, arguments in enumerate(calls)))
 
 
-def _as_reward(value: Any) -> dict[str, Any]:
+def as_reward(value: Any) -> dict[str, Any]:
     """A finite float, or why it is none. Booleans, NumPy scalars and one-element tensors are numbers, texts are not."""
     try:
         if isinstance(value, str | bytes):
@@ -116,7 +116,7 @@ def _shown(value: Any) -> str:
     return f"{repr(value)[:200]} ({type(value).__name__})"
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
+def describe_failure(error: BaseException) -> dict[str, Any]:
     described = describe_exception(error)
     place = described.rpartition("(")[2]
     if place not in _reported:  # the whole story goes to the process's log once

@@ -7,25 +7,34 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from raygrpo.rewards.process import RewardProcess
+from raygrpo.rewards.process import Outcome, RewardProcess
 from raygrpo.types import Prompt, Reward, RolloutGroup, ScoredGroup
 
 if TYPE_CHECKING:
     from raygrpo.config import RewardConfig
 
 
+class RewardCaller(Protocol):
+    """What RewardProcess is."""
+
+    def call(self, function: int, calls: Sequence[dict[str, Any]]) -> list[Outcome]: ...
+
+    def close(self) -> None: ...
+
+
 class Scorer:
     """Scores one group at a time, in a child process of its own (see process.py). Not for several threads at once."""
 
-    def __init__(self, config: RewardConfig, import_paths: Sequence[str] = ()):
-        """import_paths: directories where `module:name` is looked for first.
+    def __init__(self, config: RewardConfig, import_paths: Sequence[str] = (), *, process: RewardCaller | None = None):
+        """import_paths: directories where `module:name` is looked for first. process: what calls the functions, instead
+        of a child process.
 
         Raises ValueError when a function cannot be loaded or asks for what there is not.
         """
         self._config = config
-        self._process = RewardProcess(config.functions, import_paths)
+        self._process = process or RewardProcess(config.functions, import_paths)
 
     def score(self, group: RolloutGroup) -> ScoredGroup:
         """One reward for each rollout; none for a group that failed.

@@ -1,7 +1,7 @@
 """The rollout controller: who may sample what, when, and under which version of the policy.
 
-One actor, asyncio, no tensors. It owns the prompts, the gate, the set of healthy generators and the latest published
-weights; rollouts never pass through it.
+One actor, asyncio, no tensors. It owns the prompts, the gate, the pool of generators (generator_pool.py) and the
+watchdog; rollouts never pass through it.
 
 The gate. Ticket t belongs to step t // groups_per_step, and is admitted when
 
@@ -24,25 +24,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ray.exceptions import ActorDiedError
-
+from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
+from raygrpo.roles.generator_pool import GeneratorPool, last_line
+from raygrpo.roles.watchdog import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim, Watchdog, stall_report, write_report
 from raygrpo.types import Prompt
 
 if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
 
-    from raygrpo.roles.generator import WeightsAck
-
 logger = logging.getLogger(__name__)
 
-LOAD_DEADLINE_S = 600.0  # for one generator to load a version; later it counts as failed and is restarted
-REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
 MAX_ATTEMPTS = 3  # generators tried for one ticket before its group is emitted with an error
+RESIZE_PERIOD_S = 1.0
+STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,7 @@ class Claim:
     min_version: int
     generator: ActorHandle | None  # None: given up, or fenced; `error` says why
     generator_name: str = ""
+    timeout_s: float = 0.0  # for the generator to answer
     error: str = ""
 
 
@@ -66,8 +67,8 @@ class PublishReport:
     num_bytes: int  # that each generator loaded
     seconds: float  # from the call to the last acknowledgement
     end_s: float  # unix time of the last acknowledgement
-    num_generators: int  # that acknowledged
-    failed: list[str]  # generators that did not
+    num_generators: int  # healthy ones, which hold the version
+    failed: list[str]  # generators that did not load it
     generator_failures: int  # since the run began
 
 
@@ -76,6 +77,7 @@ class ControllerStatus:
     version: int  # latest that was published; -1 before the first
     warnings: list[str]  # from the one asked for on
     stop_reason: str | None  # why the run must not go on
+    num_evictions: int  # how often learners were told to leave, to be started again
 
 
 class RolloutController:
@@ -88,50 +90,62 @@ class RolloutController:
         groups_per_step: int,
         group_size: int,
         max_staleness: int,
+        settings: GeneratorConfig | None = None,
+        watchdog: WatchdogConfig | None = None,
+        launch: Callable[[str], ActorHandle] | None = None,
+        report_dir: str | None = None,
     ):
+        """launch: makes a further generator of this name, for a pool that grows. report_dir: where the watchdog
+        writes."""
         self._prompts = prompts
-        self._generators = generators
         self._seed = seed
         self._groups_per_step = groups_per_step
         self._group_size = group_size
         self._max_staleness = max_staleness
+        self._settings = settings or GeneratorConfig()
+        self._report_dir = report_dir
         self._version = -1  # nothing published: the gate is shut
         self._attempt = 0
         self._streams: dict[str, int] = {}  # name of a dataset -> its newest stream
-        self._num_streams = 0
         self._active_stream = -1
         self._first_ticket = 0  # of the current segment
-        self._target = -1  # version of the latest publish, which may be under way: who is to be healthy must hold it
-        self._weights: list[ray.ObjectRef] = []  # of self._target; a restarted generator loads them
-        self._loading = {
-            name: asyncio.Lock() for name in generators
-        }  # one at a time: a generator refuses a version twice
-        self._healthy = set(generators)
-        self._dead: dict[str, str] = {}  # generators that Ray does not restart (their constructor fails) -> why
-        self._outstanding: dict[str, int] = dict.fromkeys(generators, 0)
+        self._claims: dict[int, PendingClaim] = {}  # by ticket
         self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
-        self._num_generator_failures = 0
         self._stop_reason: str | None = None
+        self._num_evictions = 0
         self._warnings: list[str] = []  # for the person who watches
         self._changed = asyncio.Condition()
-        self._revivals: set[asyncio.Task] = set()
+        self._pool = GeneratorPool(generators, self._settings, self._changed, self._warn, launch)
+        self._watchdog = Watchdog(watchdog or WatchdogConfig())
+        self._background: list[asyncio.Task] = []
 
     async def new_stream(self, name: str) -> int:
         """Register a dataset that was built under this name; its claims carry the number that this returns."""
-        self._num_streams += 1
-        self._streams[name] = self._num_streams
-        return self._num_streams
+        self._streams[name] = time.time_ns()  # unlike any other, also after a restart of this actor
+        self._start_background()
+        return self._streams[name]
 
     async def begin_attempt(self, at_least: int) -> int:
         """The gang has started (again), and will publish before it trains: shut the gate. Returns the attempt's
-        number."""
+        number, higher than any before."""
+        self._start_background()
+        if _was_restarted():
+            at_least = max(at_least, await self._attempt_of_generators() + 1)
         self._attempt = max(self._attempt + 1, at_least)
         async with self._changed:
-            self._version = self._target = -1
+            self._version = -1
             self._active_stream = -1
-            self._outstanding = dict.fromkeys(self._generators, 0)
+            self._claims.clear()
+            self._pool.begin_attempt(self._attempt)
             self._changed.notify_all()
+        self._watchdog.progress()
         return self._attempt
+
+    async def _attempt_of_generators(self) -> int:
+        """The highest that they have seen: generators outlive this actor, and refuse weights of an older attempt."""
+        calls = [handle.status.remote() for handle in self._pool.generators.values()]
+        done = await asyncio.gather(*(asyncio.wait_for(call, 60.0) for call in calls), return_exceptions=True)
+        return max((status.attempt for status in done if not isinstance(status, BaseException)), default=0)
 
     async def begin_segment(self, name: str, first_ticket: int) -> None:
         """Row r of the coming execution of the dataset `name` is ticket first_ticket + r."""
@@ -139,7 +153,9 @@ class RolloutController:
             self._active_stream = self._streams[name]
             self._first_ticket = first_ticket
             self._failures.clear()
+            self._claims.clear()
             self._changed.notify_all()
+        self._watchdog.progress()
 
     async def claim(self, stream: int, row: int, replacement: int = 0) -> Claim:
         """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
@@ -151,49 +167,64 @@ class RolloutController:
             return _fenced(row)
         ticket = self._first_ticket + row
         step = ticket // self._groups_per_step
-        prompt = self._prompts.at(ticket, self._seed, attempt=replacement)
-        seeds = [sample_seed(self._seed, ticket, i, attempt=replacement) for i in range(self._group_size)]
-        min_version = max(0, step - self._max_staleness)
+        claim = Claim(
+            ticket=ticket,
+            prompt=self._prompts.at(ticket, self._seed, attempt=replacement),
+            seeds=[sample_seed(self._seed, ticket, i, attempt=replacement) for i in range(self._group_size)],
+            min_version=max(0, step - self._max_staleness),
+            generator=None,
+            timeout_s=self._settings.group_timeout_s,
+        )
         failures = self._failures.get(ticket, [])
         if len(failures) >= MAX_ATTEMPTS:
-            error = f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures)
-            return Claim(
-                ticket=ticket, prompt=prompt, seeds=seeds, min_version=min_version, generator=None, error=error
-            )
+            return replace(claim, error=f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures))
+        where = WITHOUT_GENERATOR if self._admits(ticket) else AT_THE_GATE
+        pending = self._claims[ticket] = PendingClaim(ticket=ticket, where=where, since_s=time.monotonic())
         async with self._changed:
             await self._changed.wait_for(
-                lambda: stream != self._active_stream or self._all_dead or (self._admits(ticket) and self._healthy)
+                lambda: (
+                    stream != self._active_stream
+                    or self._pool.all_dead
+                    or (self._admits(ticket) and self._pool.healthy)
+                )
             )
             if stream != self._active_stream:
                 return _fenced(row)
-            if self._all_dead:
-                raise RuntimeError(self._cause_of_death)
-            name = min(sorted(self._healthy), key=self._outstanding.__getitem__)
-            self._outstanding[name] += 1
-        return Claim(
-            ticket=ticket,
-            prompt=prompt,
-            seeds=seeds,
-            min_version=min_version,
-            generator=self._generators[name],
-            generator_name=name,
-        )
+            if self._pool.all_dead:
+                raise RuntimeError(self._pool.cause_of_death)
+            name = self._pool.take()
+        pending.where, pending.since_s = name, time.monotonic()
+        return replace(claim, generator=self._pool.generators[name], generator_name=name)
+
+    async def claim_block(self, stream: int, rows: list[int], replacement: int = 0) -> list[Claim]:
+        """The claims of rows that travel together: one call instead of many."""
+        return [await self.claim(stream, row, replacement) for row in rows]
 
     def _admits(self, ticket: int) -> bool:
         bound = (self._version + self._max_staleness + 1) * self._groups_per_step
         return self._version >= 0 and ticket < bound  # before the first publish generators may hold anything
 
-    async def release(self, stream: int, ticket: int, generator_name: str, generator_error: str | None) -> None:
-        """A claimed ticket came back from its generator: with a group (no error), or because the generator failed."""
+    async def release(
+        self, stream: int, ticket: int, generator_name: str, generator_error: str | None, restart: bool = False
+    ) -> None:
+        """A claimed ticket came back from its generator: with a group (no error), or because the generator failed.
+        restart: it may live, but must not be trusted any more (it hangs, or returns garbage)."""
         if stream != self._active_stream:
             return
-        self._outstanding[generator_name] -= 1
+        self._claims.pop(ticket, None)
+        self._pool.give_back(generator_name)
         if generator_error is None:
+            self._watchdog.progress()
             return
         error = generator_error
         self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
         self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
-        self._quarantine(generator_name)
+        self._pool.quarantine(generator_name, restart=restart)
+
+    async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool]]) -> None:
+        """Several at once: the arguments of `release` after the stream."""
+        for release in releases:
+            await self.release(stream, *release)
 
     async def publish(self, version: int, weights: list[ray.ObjectRef]) -> PublishReport:
         """Give every healthy generator the packed weights, then open the gate for `version`.
@@ -202,101 +233,32 @@ class RolloutController:
         While all generators restart, waits for the first. Raises RuntimeError when no generator can load them.
         """
         start_s = time.time()
-        self._target, self._weights = version, weights
-        names = sorted(self._healthy)
-        results = await asyncio.gather(*(self._load(name) for name in names), return_exceptions=True)
-        acks, failed = [], {}
-        for name, result in zip(names, results, strict=True):
-            if not isinstance(result, BaseException):
-                acks.append(result)
-                continue
-            failed[name] = result
-            self._warn(f"{name} did not load version {version}: {_last_line(result)}")
-            self._quarantine(name)
-        if not acks:
-            await self._wait_for_a_revival(version, failed)
+        acks, failed = await self._pool.publish(version, weights)
         async with self._changed:
             self._version = version
             self._changed.notify_all()
+        self._watchdog.progress()
         return PublishReport(
             version=version,
             num_bytes=max((ack.num_bytes for ack in acks), default=0),
             seconds=time.time() - start_s,
             end_s=time.time(),
-            num_generators=len(self._healthy),
-            failed=list(failed),
-            generator_failures=self._num_generator_failures,
+            num_generators=len(self._pool.healthy),
+            failed=failed,
+            generator_failures=self._pool.num_failures,
         )
 
-    async def _wait_for_a_revival(self, version: int, failed: dict[str, BaseException]) -> None:
-        """Until a generator came back with the version, which _revive sees to. Raises RuntimeError when that is
-        hopeless (all refuse the weights, or are dead) or takes too long."""
-        reason = "; ".join(_last_line(error) for error in failed.values()) or "all are restarting"
-        if failed and all(isinstance(error, ValueError) for error in failed.values()):
-            raise RuntimeError(f"no generator loaded version {version}: {reason}")
-        async with self._changed:
-            try:
-                async with asyncio.timeout(LOAD_DEADLINE_S):
-                    await self._changed.wait_for(lambda: self._healthy or self._all_dead)
-            except TimeoutError:
-                raise RuntimeError(
-                    f"no generator loaded version {version} within {LOAD_DEADLINE_S:g} s: {reason}"
-                ) from None
-        if self._all_dead:
-            raise RuntimeError(self._cause_of_death)
-
-    @property
-    def _all_dead(self) -> bool:
-        return len(self._dead) == len(self._generators)
-
-    @property
-    def _cause_of_death(self) -> str:
-        return "no generator is left: " + "; ".join(f"{name}: {reason}" for name, reason in self._dead.items())
-
-    async def _load(self, name: str) -> WeightsAck:
-        """Load what is the latest version now."""
-        attempt, version, weights = self._attempt, self._target, self._weights
-        async with asyncio.timeout(LOAD_DEADLINE_S), self._loading[name]:
-            return await self._generators[name].load_weights.remote(version, weights, attempt=attempt)
-
-    def _quarantine(self, name: str) -> None:
-        """No more claims for this generator until it has loaded the current version again (Ray restarts a dead
-        actor)."""
-        if name not in self._healthy:
-            return
-        self._healthy.discard(name)
-        self._num_generator_failures += 1
-        task = asyncio.get_running_loop().create_task(self._revive(name))
-        self._revivals.add(task)
-        task.add_done_callback(self._revivals.discard)
-
-    async def _revive(self, name: str) -> None:
-        """Load the latest version, again and again until that is still the latest when it is loaded."""
-        while True:
-            attempt, version = self._attempt, self._target
-            if version < 0:  # an attempt begins
-                await asyncio.sleep(0.1)
-                continue
-            try:
-                await self._load(name)
-            except ActorDiedError as error:
-                self._warn(f"{name} cannot be started: {_last_line(error)}")
-                self._dead[name] = _last_line(error)
-                break
-            except Exception as error:
-                logger.warning("%s is not back yet: %s", name, _last_line(error))
-                await asyncio.sleep(REVIVAL_PAUSE_S)
-                continue
-            if (attempt, version) == (self._attempt, self._target):
-                self._healthy.add(name)  # without an await since the check: the next publish will count on it
-                self._warn(f"{name} is back, with version {version}")
-                break
-        async with self._changed:
-            self._changed.notify_all()
+    async def learners_do(self, what: str) -> None:
+        """The learners went on to something else; for the watchdog and its report."""
+        self._watchdog.learners_do(what)
 
     async def status(self, first_warning: int = 0) -> ControllerStatus:
-        warnings = self._warnings[first_warning:]
-        return ControllerStatus(version=self._version, warnings=warnings, stop_reason=self._stop_reason)
+        return ControllerStatus(
+            version=self._version,
+            warnings=self._warnings[first_warning:],
+            stop_reason=self._stop_reason,
+            num_evictions=self._num_evictions,
+        )
 
     async def stop(self, reason: str) -> None:
         """End the run: learners that start from now on return at once."""
@@ -310,6 +272,78 @@ class RolloutController:
         logger.warning(text)
         self._warnings.append(text)
 
+    # What goes on beside the calls.
+
+    def _start_background(self) -> None:
+        if not self._background:
+            loop = asyncio.get_running_loop()
+            self._background = [loop.create_task(self._resize()), loop.create_task(self._watch())]
+
+    async def _resize(self) -> None:
+        while True:
+            await asyncio.sleep(RESIZE_PERIOD_S)
+            waiting = sum(claim.where == WITHOUT_GENERATOR for claim in self._claims.values())
+            self._pool.resize(time.monotonic(), waiting)
+
+    async def _watch(self) -> None:
+        while self._stop_reason is None:
+            await asyncio.sleep(self._watchdog.period_s)
+            stalled_s = self._watchdog.stalled_s
+            if stalled_s is not None:
+                await self._on_stall(stalled_s)
+                self._watchdog.progress()  # the next verdict after as long a time
+
+    async def _on_stall(self, stalled_s: float) -> None:
+        """Report, and do what watchdog.action says."""
+        pool, settings = self._pool, self._watchdog.settings
+        claims = list(self._claims.values())
+        names = list(pool.generators)
+        descriptions = await asyncio.gather(*map(self._describe, names))
+        text = stall_report(
+            stalled_s,
+            state=f"version {self._version}, attempt {self._attempt}, segment from ticket {self._first_ticket}",
+            learners=self._watchdog.learners,
+            learners_s=time.monotonic() - self._watchdog.learners_since_s,
+            claims=claims,
+            generators=dict(zip(names, descriptions, strict=True)),
+        )
+        path = write_report(self._report_dir, text)
+        summary = (
+            f"nothing has moved for {stalled_s:.0f} s (watchdog.timeout_s {settings.timeout_s:g}): "
+            f"{len(claims)} claims are pending, the learners are {self._watchdog.learners}"
+            + (f"; see {path}" if path else f"\n{text}")
+        )
+        if settings.action == "fail":
+            await self.stop(summary)
+            self._num_evictions += 1
+            return
+        holders = sorted({claim.where for claim in claims} & set(pool.generators))
+        if holders:
+            self._warn(f"{summary}; restarting {', '.join(holders)}")
+            for name in holders:
+                pool.quarantine(name, restart=True)
+        else:
+            self._warn(f"{summary}; restarting the learners")
+            self._num_evictions += 1
+
+    async def _describe(self, name: str) -> str:
+        """What a generator says of itself, with the stacks of its threads: which answer as long as its event loop
+        runs."""
+        try:
+            async with asyncio.timeout(STATUS_DEADLINE_S):
+                status, stacks = await asyncio.gather(
+                    self._pool.generators[name].status.remote(), self._pool.generators[name].stacks.remote()
+                )
+        except TimeoutError:
+            return f"does not answer within {STATUS_DEADLINE_S:g} s"
+        except Exception as error:
+            return f"cannot be asked: {last_line(error)}"
+        health = "healthy" if name in self._pool.healthy else "in quarantine"
+        return (
+            f"{health}, version {status.version}, {status.groups_running} groups running, {status.groups_waiting} "
+            f"waiting, {status.num_groups} finished\n{stacks}"
+        )
+
 
 def _fenced(row: int) -> Claim:
     prompt = Prompt(prompt_id=-1, prompt_ids=[], text="")
@@ -317,7 +351,8 @@ def _fenced(row: int) -> Claim:
     return Claim(ticket=-1, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
 
 
-def _last_line(error: BaseException) -> str:
-    """Ray puts the remote traceback into the message; the cause is its last line."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def _was_restarted() -> bool:
+    """Whether Ray made this actor anew after it died."""
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed

@@ -25,8 +25,10 @@ import itertools
 import logging
 import os
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -40,6 +42,7 @@ from raygrpo.weights import PackedWeights, unpack
 
 logger = logging.getLogger(__name__)
 
+STACK_DEPTH = 12  # calls of each thread in a report
 EXIT_DELAY_S = 1.0  # for the answers to the callers to leave the process
 
 
@@ -57,6 +60,7 @@ class WeightsAck:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorStatus:
     generator: str
+    attempt: int
     version: int
     groups_running: int
     groups_waiting: int  # for a place in the engine, or for a version
@@ -113,17 +117,20 @@ class Generator:
         *,
         max_model_len: int,
         version_timeout_s: float = 900.0,
+        deterministic: bool = False,
     ):
         """Start the engine; returns when it is ready. Raises what the engine raises.
 
         max_model_len: tokens of the longest prompt and completion together.
         version_timeout_s: how long `generate` waits for a version that was not published yet.
+        deterministic: sample one group at a time, without anything cached from groups before it, so that its tokens
+        depend on nothing else.
         """
         self.name = name
         self._version_timeout_s = version_timeout_s
         self._version_changed = asyncio.Event()  # set, and replaced by a new one, at each change
         self._waiting_for_version = 0
-        self._worker = EngineThread(name, generator.max_groups)
+        self._worker = EngineThread(name, 1 if deterministic else generator.max_groups, keep_cache=not deterministic)
         num_threads = generator.num_threads or max(1, len(os.sched_getaffinity(0)) // generator.num_actors)
         self._worker.start(lambda: make_engine(model, generator, max_model_len=max_model_len, num_threads=num_threads))
 
@@ -172,6 +179,19 @@ class Generator:
     async def status(self) -> GeneratorStatus:
         return self._worker.status(waiting_for_version=self._waiting_for_version)
 
+    async def stacks(self) -> str:
+        """Where every thread of the process is, innermost call last: for the watchdog's report."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        parts = []
+        for ident, frame in sys._current_frames().items():
+            calls = traceback.extract_stack(frame)[-STACK_DEPTH:]
+            parts.append(
+                "\n".join(
+                    [f"thread {names.get(ident, ident)}:", *(f"  {c.filename}:{c.lineno} {c.name}" for c in calls)]
+                )
+            )
+        return "\n".join(parts)
+
     async def _reach_version(self, min_version: int) -> None:
         self._waiting_for_version += 1
         try:
@@ -190,12 +210,13 @@ class Generator:
 class EngineThread:
     """The only thread that touches the engine; messages come in by `inbox`, answers go out by each message's future."""
 
-    def __init__(self, name: str, max_groups: int):
+    def __init__(self, name: str, max_groups: int, *, keep_cache: bool = True):
         self.inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self.version = 0
         self.attempt = 0
         self._name = name
         self._max_groups = max_groups
+        self._keep_cache = keep_cache
         self._running: dict[str, _Group] = {}
         self._waiting: deque[_Group] = deque()
         self._updates: deque[_Update] = deque()
@@ -216,6 +237,7 @@ class EngineThread:
     def status(self, *, waiting_for_version: int) -> GeneratorStatus:
         return GeneratorStatus(
             generator=self._name,
+            attempt=self.attempt,
             version=self.version,
             groups_running=len(self._running),
             groups_waiting=len(self._waiting) + waiting_for_version,
@@ -265,6 +287,8 @@ class EngineThread:
 
     def _begin(self, group: _Group) -> None:
         group.start_s = time.time()
+        if not self._keep_cache:
+            self._engine.reset_prefix_cache()
         try:
             self._engine.add_group(group.engine_id, group.prompt.prompt_ids, group.seeds)
         except ValueError as error:

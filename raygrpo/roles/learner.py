@@ -10,10 +10,12 @@ version, report. What it waits for, and what unblocks it:
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +27,11 @@ from raygrpo.timeline import Interval, covered_seconds, stage_seconds
 from raygrpo.types import RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
-    import ray
     import torch
-    from ray.actor import ActorHandle
     from torch import nn
 
     from raygrpo.engines.deepspeed import DeepSpeedEngine
-    from raygrpo.roles.controller import PublishReport
+    from raygrpo.roles.link import RayLink, RunLink
     from raygrpo.shared_prefix.cost import ModelShape
 
 
@@ -50,8 +50,7 @@ class LearnerSetup:
     """What a worker of the gang is given."""
 
     config: RunConfig
-    controller: ActorHandle
-    tracker: ActorHandle
+    link: RunLink
     prompts_digest: str
     checkpoint_dir: str
     export_dir: str
@@ -65,24 +64,34 @@ def segments(config: RunConfig, first_step: int) -> Iterator[tuple[str, int, int
         yield (SEGMENT if end - start == every else TAIL), start, end
 
 
-def run_learner(setup: LearnerSetup) -> None:
+def run_learner(setup: LearnerSetup, link: RayLink) -> None:
     """The train loop of one worker (Ray Train calls it on every rank)."""
     import ray.train
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
-    if ray.get(setup.controller.status.remote()).stop_reason is not None:
+    if link.stop_reason() is not None:
         return
+    link.leave_when_evicted()
     try:
-        learner = Learner(setup)
-        for name, start, end in segments(setup.config, learner.begin()):
-            learner.train_segment(name, start, end, iterate_groups(ray.train.get_dataset_shard(name)))
-            learner.save(end)
-        learner.finish()
+        learn(setup, lambda name: iterate_groups(ray.train.get_dataset_shard(name)))
     except RunStopped as error:
         # Raised all the same: another rank may wait for this one in a collective. Ray Train then starts the gang again,
         # which sees the reason above and returns.
-        ray.get(setup.controller.stop.remote(str(error)))
+        link.stop(str(error))
         raise
+
+
+def learn(setup: LearnerSetup, stream: Callable[[str], Callable[[], ScoredGroup]]) -> None:
+    """Train from the newest checkpoint to the end of the run; all ranks call it, torch.distributed is initialised.
+
+    stream: begins a segment's execution and gives this rank's share of it: a function that returns the next group, and
+    raises StopIteration after the last.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
+    learner = Learner(setup)
+    for name, start, end in segments(setup.config, learner.begin()):
+        learner.train_segment(name, start, end, stream)
+        learner.save(end)
+    learner.finish()
 
 
 class Learner:
@@ -92,25 +101,26 @@ class Learner:
         import torch.distributed as dist
 
         self._config = setup.config
-        self._controller = setup.controller
-        self._tracker = setup.tracker
+        self._link = setup.link
         self._export_dir = setup.export_dir
         self._prompts_digest = setup.prompts_digest
-        self._checkpoints = CheckpointStore(setup.checkpoint_dir, setup.config.checkpoint.keep)
+        self._checkpoints = CheckpointStore(
+            setup.checkpoint_dir, keep=setup.config.checkpoint.keep, keep_best=setup.config.checkpoint.keep_best
+        )
+        self._committing: Future[None] | None = None
+        self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
         self._attempt = 0
         self._failed_checkpoints = 0
         self._generator_failures = 0  # that earlier steps reported
         self._rank = dist.get_rank()
         self._policy, self._engine, self._updater, self._shape = build_policy(setup.config)
-        self._publishing: ray.ObjectRef | None = None
         self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
         self._last_publish: Interval = (0.0, 0.0)
         self._step_start_s = time.time()
+        self._background = ThreadPoolExecutor(1, "checkpoint")
 
     def begin(self) -> int:
         """Take up the run where its newest checkpoint left it; returns the first step to train. All ranks call it."""
-        import ray
-
         newest = self._checkpoints.newest() if self._rank == 0 else None
         newest = _gather(newest)[0]
         first_step = 0
@@ -127,7 +137,7 @@ class Learner:
                 )
         if self._rank == 0:
             at_least = newest.state.attempt + 1 if newest is not None else 0
-            self._attempt = ray.get(self._controller.begin_attempt.remote(at_least))
+            self._attempt = self._link.begin_attempt(at_least)
         self.publish(first_step)
         return first_step
 
@@ -149,42 +159,65 @@ class Learner:
             prompts_digest=self._prompts_digest,
             groups_per_step=self._config.groups_per_step,
             seed=self._config.seed,
+            mean_reward=sum(self._rewards) / len(self._rewards) if self._rewards else math.nan,
         )
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps; all ranks call it. A disk that is full costs the checkpoint, not the run."""
+        """A checkpoint after `step` steps; all ranks call it. A disk that is full costs the checkpoint, not the run.
+
+        Returns when the ranks have written; the first one digests and flushes the files while training goes on.
+        """
         if self._rank == 0:
             self._report()
+            self._link.learners_do(f"writing the checkpoint of step {step}")
+            self._finish_commit()
         directory = self._checkpoints.root / f"step-{step:06d}.partial"
         failure = _attempt_io(lambda: self._checkpoints.begin(step)) if self._rank == 0 else None
         failure = failure or _first(_gather(failure))
         if failure is None:
             failure = _first(_gather(_attempt_io(lambda: self._engine.save(directory))))
-        if failure is None and self._rank == 0:
-            failure = _attempt_io(lambda: self._checkpoints.commit(self._state(step)))
-        if failure is not None and self._rank == 0:
-            self._checkpoints.abandon(step)
-            self._failed_checkpoints += 1
-            self._controller.warn.remote(f"the checkpoint of step {step} was not written: {failure}")
-
-    def train_segment(self, name: str, first_step: int, end_step: int, next_group: Callable[[], ScoredGroup]) -> None:
-        """Steps first_step .. end_step - 1, from this rank's share of the stream."""
         if self._rank == 0:
-            import ray
+            state = self._state(step)
+            self._rewards.clear()
+            self._committing = self._background.submit(self._commit, state, failure)
 
-            ray.get(self._controller.begin_segment.remote(name, first_step * self._config.groups_per_step))
+    def _commit(self, state: RunState, failure: str | None) -> None:
+        failure = failure or _attempt_io(lambda: self._checkpoints.commit(state))
+        if failure is not None:
+            self._checkpoints.abandon(state.step)
+            self._failed_checkpoints += 1
+            self._link.warn(f"the checkpoint of step {state.step} was not written: {failure}")
+
+    def _finish_commit(self) -> None:
+        """Wait until the last checkpoint is whole, or given up."""
+        if self._committing is not None:
+            self._committing.result()
+            self._committing = None
+
+    def train_segment(
+        self, name: str, first_step: int, end_step: int, stream: Callable[[str], Callable[[], ScoredGroup]]
+    ) -> None:
+        """Steps first_step .. end_step - 1, from this rank's share of the segment."""
+        next_group = stream(name)
+        if self._rank == 0:
+            self._link.begin_segment(name, first_step * self._config.groups_per_step)
         for step in range(first_step, end_step):
             # On-policy, the next group cannot come before the acks; else generating goes on while they come.
             if self._config.max_staleness == 0:
                 self._report()
             wait_start_s = time.time()
+            if self._rank == 0:
+                self._link.learners_do(f"waiting for the groups of step {step}")
             groups = self._collect(step, next_group)
             learn_start_s = time.time()
             self._report()
+            if self._rank == 0:
+                self._link.learners_do(f"training step {step}")
             metrics, advantages = self._updater.update(groups, step)
             learn_end_s = time.time()
+            self._rewards.append(metrics["reward/mean"])
             if self._rank == 0:
-                self._tracker.log_samples.remote(step, groups, advantages)
+                self._link.log_samples(step, groups, advantages)
             times = _StepTimes(
                 wait=(wait_start_s, learn_start_s),
                 learn=(learn_start_s, learn_end_s),
@@ -192,6 +225,7 @@ class Learner:
                 score=[(g.score_start_s, g.score_end_s) for g in groups],
             )
             facts = _gather((_facts(groups, step, self._shape), times))
+            self._check_tickets(step, [f for f, _ in facts])
             self.publish(step + 1)
             self._unreported = (step, metrics | _combine_facts([f for f, _ in facts]), _merge([t for _, t in facts]))
         self._report()
@@ -208,7 +242,6 @@ class Learner:
         groups = [next_group() for _ in range(per_step // self._config.learner.num_workers)]
         for scored in groups:
             group = scored.group
-            assert step * per_step <= group.ticket < (step + 1) * per_step, (step, group.ticket)
             if not step - self._config.max_staleness <= group.policy_version <= step:
                 raise RuntimeError(
                     f"group {group.ticket} was sampled by version {group.policy_version}, but step {step} accepts "
@@ -216,28 +249,28 @@ class Learner:
                 )
         return groups
 
-    def publish(self, version: int) -> None:
-        """Hand the weights to the controller; all ranks call it. Returns when they are packed: `_report` waits for the
-        acks."""
-        import ray
+    def _check_tickets(self, step: int, facts: list[_Facts]) -> None:
+        """Every group of the step was trained once, on one rank, and no other."""
+        per_step = self._config.groups_per_step
+        tickets = sorted(ticket for f in facts for ticket in f.tickets)
+        if tickets != list(range(step * per_step, (step + 1) * per_step)):
+            raise RuntimeError(f"step {step} got the tickets {tickets} instead of {per_step} from {step * per_step} on")
 
+    def publish(self, version: int) -> None:
+        """Hand the weights over; all ranks call it. Returns when they are packed: `_report` waits for the acks."""
         from raygrpo.weights import pack
 
         weights: Iterator[tuple[str, torch.Tensor]] = self._engine.named_weights()
         if self._rank == 0:
-            packed = ray.put(pack(weights))
-            self._publishing = self._controller.publish.remote(version, [packed])
+            self._link.publish(version, pack(weights))
         else:
             for _ in weights:  # takes part in ZeRO-3's gathering
                 pass
 
     def _report(self) -> None:
         """Wait for the acks of the last publish and log its step; on rank 0, where there is something to report."""
-        import ray
-
-        if self._publishing is not None:
-            report: PublishReport = ray.get(self._publishing)
-            self._publishing = None
+        report = self._link.published() if self._rank == 0 else None
+        if report is not None:
             if self._unreported is not None:
                 step, metrics, times = self._unreported
                 end_s = max(report.end_s, times.learn[1]) if self._config.max_staleness == 0 else times.learn[1]
@@ -250,7 +283,7 @@ class Learner:
                 metrics["faults/generator_failures"] = float(report.generator_failures - self._generator_failures)
                 metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
                 metrics["run/attempt"] = float(self._attempt)
-                self._tracker.log_step.remote(step, metrics)
+                self._link.log_step(step, metrics)
                 self._step_start_s = end_s
                 self._generator_failures = report.generator_failures
             else:
@@ -259,6 +292,7 @@ class Learner:
 
     def finish(self) -> None:
         """Write the trained policy as a Hugging Face model; all ranks call it."""
+        self._finish_commit()
         state = {name: tensor.cpu().clone() for name, tensor in self._engine.named_weights() if self._rank == 0}
         if self._rank == 0:
             export_policy(self._policy, state, self._config.model.path, self._export_dir)
@@ -361,6 +395,7 @@ def _merge(times: list[_StepTimes]) -> _StepTimes:
 class _Facts:
     """Counts over one rank's groups of a step."""
 
+    tickets: list[int]
     staleness: list[int]
     num_completion_tokens: int
     tokens_shared: int  # that the shared-prefix forward encodes
@@ -377,6 +412,7 @@ def _facts(groups: list[ScoredGroup], step: int, shape: ModelShape) -> _Facts:
     lengths = [(len(g.group.prompt.prompt_ids), [len(r.completion_ids) for r in g.group.rollouts]) for g in groups]
     sampled = [length for length in lengths if length[1]]
     return _Facts(
+        tickets=[g.group.ticket for g in groups],
         staleness=[step - g.group.policy_version for g in groups],
         num_completion_tokens=sum(sum(completions) for _, completions in sampled),
         tokens_shared=sum(num_tokens(length, shared=True) for length in sampled),

@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
-from raygrpo.roles import controller as controller_module
+from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
 
 NUM_PROMPTS = 7
@@ -27,7 +27,8 @@ DIED.error_msg = "The actor died because of an error in its creation\nValueError
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(controller_module, "REVIVAL_PAUSE_S", 0.001)
+    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
+    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
 
 
 class FakeGenerator:
@@ -38,8 +39,12 @@ class FakeGenerator:
         self.version = 0
         self.loading = False
         self.loads: list[tuple[int, int, Any]] = []  # attempt, version, weights
+        self.restarts = 0
         self.on_load = on_load
         self.load_weights = SimpleNamespace(remote=self._load)
+
+    def restart(self) -> None:
+        self.restarts += 1
 
     async def _load(self, version: int, weights: list[Any], *, attempt: int = 0) -> Any:
         assert not self.loading, "one at a time"
@@ -286,7 +291,7 @@ def test_a_failing_generator_gets_no_claims_until_it_has_the_current_version():
         report = await controller.publish(1, ["newer weights"])  # while the broken one still loads version 0
         assert (report.num_generators, report.failed, report.generator_failures) == (1, [], 1)
         blocked.set()
-        await wait_until(lambda: "a" in controller._healthy)
+        await wait_until(lambda: "a" in controller._pool.healthy)
         assert broken.loads[-1] == (0, 1, "newer weights"), "version 0 would have been too old"
         assert (await controller.claim(stream, 20)).generator is broken
         warnings = (await controller.status()).warnings
@@ -330,7 +335,7 @@ def test_weights_never_go_under_another_version(revived_first):
         await settle()
         second.set()
         await publish
-        await wait_until(lambda: "a" in controller._healthy)
+        await wait_until(lambda: "a" in controller._pool.healthy)
         assert broken.version == 1
         assert all(weights == f"weights {version}" for _, version, weights in broken.loads)
         assert {(await controller.claim(stream, row)).generator_name for row in (4, 5)} == {"a", "b"}
@@ -354,14 +359,14 @@ def test_a_generator_that_does_not_load_a_version_is_quarantined_and_the_gate_op
         report = await controller.publish(1, WEIGHTS)
         assert (report.num_generators, report.failed, report.generator_failures) == (1, ["a"], 1)
         assert (await controller.claim(stream, 4)).generator is healthy
-        await wait_until(lambda: "a" in controller._healthy)
+        await wait_until(lambda: "a" in controller._pool.healthy)
         assert broken.version == 1
 
     asyncio.run(run())
 
 
 def test_a_load_that_hangs_counts_as_failed(monkeypatch):
-    monkeypatch.setattr(controller_module, "LOAD_DEADLINE_S", 0.05)
+    monkeypatch.setattr(pool_module, "LOAD_DEADLINE_S", 0.05)
 
     async def run() -> None:
         async def hang(version: int) -> None:
@@ -439,7 +444,7 @@ def test_generators_that_cannot_be_started_are_an_error_for_publish_and_claims()
 
 
 def test_generators_that_do_not_come_back_in_time_are_an_error(monkeypatch):
-    monkeypatch.setattr(controller_module, "LOAD_DEADLINE_S", 0.05)
+    monkeypatch.setattr(pool_module, "LOAD_DEADLINE_S", 0.05)
 
     async def run() -> None:
         async def load(version: int) -> None:

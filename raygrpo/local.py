@@ -1,0 +1,240 @@
+"""A run in one process, without Ray: for breakpoints, and for machines where one process is all there is.
+
+The learner, the engine, the reward functions and the tracker are those of a distributed run; what is left out is what
+lies between them. Every step is sampled, scored and trained in turn, by the newest policy, whatever max_staleness
+allows. Prompts and sample seeds are the same as anywhere else, so in deterministic mode so are the weights, to the last
+bit, as those of a distributed run with one learner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from raygrpo.algorithm import zero_spread
+from raygrpo.config import RunConfig
+from raygrpo.data import sample_seed
+from raygrpo.prepare import PreparedRun
+from raygrpo.summary import summarise
+from raygrpo.train import (
+    CHECKPOINT_DIR,
+    EXPORT_DIR,
+    RunResult,
+    Watcher,
+    latest_run_directory,
+    new_run_directory,
+    worker_environment,
+)
+from raygrpo.types import RolloutGroup, ScoredGroup, StepMetrics
+
+if TYPE_CHECKING:
+    from raygrpo.engines.sampling import SamplingEngine
+    from raygrpo.rewards import Scorer
+    from raygrpo.roles.controller import PublishReport
+    from raygrpo.tracking import Tracker
+    from raygrpo.weights import PackedWeights
+
+GENERATOR = "local"
+
+
+def train_locally(
+    prepared: PreparedRun, watcher: Watcher, *, resume: bool = False, resume_command: str | None = None
+) -> RunResult:
+    """As train.train, in this process. Raises ValueError for a run of several learners or generators."""
+    config = prepared.config
+    if config.learner.num_workers > 1 or config.generator.num_actors > 1:
+        raise ValueError(
+            f"a local run has one learner and one generator, not {config.learner.num_workers} and "
+            f"{config.generator.num_actors}: set learner.num_workers=1 generator.num_actors=1"
+        )
+    run_dir = latest_run_directory(config) if resume else new_run_directory(config)
+    os.environ.update(worker_environment(config))
+    watcher.on_phase("starting the engine and the learner")
+    from raygrpo.engines.sampling import make_engine
+    from raygrpo.rewards import Scorer
+    from raygrpo.rewards.inline import InlineRewards
+    from raygrpo.roles.learner import LearnerSetup, learn
+    from raygrpo.tracking import Tracker
+
+    tracker = Tracker(config, str(run_dir), resume_command=resume_command)
+    tracker.start()
+    status = "FAILED"
+    try:
+        join_process_group(config)
+        engine = make_engine(
+            config.model,
+            config.generator,
+            max_model_len=prepared.max_model_len,
+            num_threads=config.generator.num_threads or len(os.sched_getaffinity(0)),
+        )
+        scorer = Scorer(config.reward, process=InlineRewards(config.reward.functions))
+        link = LocalRun(prepared, engine, scorer, tracker, watcher)
+        setup = LearnerSetup(
+            config=config,
+            link=link,
+            prompts_digest=prepared.prompts.digest,
+            checkpoint_dir=str(run_dir / CHECKPOINT_DIR),
+            export_dir=str(run_dir / EXPORT_DIR),
+        )
+        learn(setup, link.stream)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        history = tracker.history()
+        links = tracker.finish(status, summarise(history).as_dict())
+    return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
+
+
+def join_process_group(config: RunConfig) -> None:
+    """torch.distributed with this process alone, which DeepSpeed and vLLM share. It stays until the process ends: both
+    hold on to it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if config.learner.num_gpus else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+class LocalRun:
+    """What roles/link.py is in a distributed run, and the stream of its groups."""
+
+    def __init__(
+        self, prepared: PreparedRun, engine: SamplingEngine, scorer: Scorer, tracker: Tracker, watcher: Watcher
+    ):
+        self._config = prepared.config
+        self._prompts = prepared.prompts
+        self._engine = engine
+        self._scorer = scorer
+        self._tracker = tracker
+        self._watcher = watcher
+        self._num_warnings = 0
+        self._version = -1
+        self._first_ticket = 0
+        self._report: PublishReport | None = None
+
+    # The learner's link.
+
+    def begin_attempt(self, at_least: int) -> int:
+        return max(1, at_least)
+
+    def begin_segment(self, name: str, first_ticket: int) -> None:
+        self._first_ticket = first_ticket
+
+    def publish(self, version: int, weights: PackedWeights) -> None:
+        from raygrpo.roles.controller import PublishReport
+        from raygrpo.weights import unpack
+
+        start_s = time.time()
+        self._engine.load_weights(unpack(weights))
+        if self._version < 0:
+            self._watcher.on_phase("training")
+        self._version = version
+        self._report = PublishReport(
+            version=version,
+            num_bytes=weights.num_bytes,
+            seconds=time.time() - start_s,
+            end_s=time.time(),
+            num_generators=1,
+            failed=[],
+            generator_failures=0,
+        )
+
+    def published(self) -> PublishReport | None:
+        report, self._report = self._report, None
+        return report
+
+    def learners_do(self, what: str) -> None:
+        pass  # no watchdog: whoever runs one process can look into it
+
+    def log_step(self, step: int, metrics: StepMetrics) -> None:
+        self._tracker.log_step(step, metrics)
+        self._watcher.on_step(step, metrics)
+        warnings = self._tracker.warnings(self._num_warnings)
+        self._num_warnings += len(warnings)
+        for text in warnings:
+            self.warn(text)
+
+    def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
+        self._tracker.log_samples(step, groups, advantages)
+
+    def warn(self, text: str) -> None:
+        self._watcher.on_warning(text)
+
+    def stop(self, reason: str) -> None:
+        raise RuntimeError(reason)
+
+    # The stream.
+
+    def stream(self, name: str) -> Callable[[], ScoredGroup]:
+        """See learner.learn. Nothing is sampled before it is asked for."""
+        return self._groups().__next__
+
+    def _groups(self) -> Iterator[ScoredGroup]:
+        """From the segment's first ticket to its end, a step at a time."""
+        per_step = self._config.groups_per_step
+        first_step = self._first_ticket // per_step
+        end_step = min(first_step + self._config.checkpoint.every, self._config.num_steps)
+        for step in range(first_step, end_step):
+            yield from self._sample_step(range(step * per_step, (step + 1) * per_step))
+
+    def _sample_step(self, tickets: range) -> list[ScoredGroup]:
+        """One group for each ticket; with dynamic sampling, tickets without spread take their next prompt."""
+        replacements = dict.fromkeys(tickets, 0)
+        finished: dict[int, ScoredGroup] = {}
+        while replacements:
+            for group in self._roll_out(replacements):
+                scored = self._scorer.score(group)
+                if not zero_spread(scored.totals) or group.replacement >= self._config.algorithm.dynamic_sampling:
+                    finished[group.ticket] = scored
+                    del replacements[group.ticket]
+                else:
+                    replacements[group.ticket] += 1
+        return [finished[ticket] for ticket in tickets]
+
+    def _roll_out(self, replacements: dict[int, int]) -> list[RolloutGroup]:
+        """Sample the tickets' prompts, as many at a time as the engine is given."""
+        deterministic = self._config.deterministic
+        size = 1 if deterministic else self._config.generator.max_groups
+        tickets = list(replacements)
+        groups: list[RolloutGroup] = []
+        for start in range(0, len(tickets), size):
+            if deterministic:
+                self._engine.reset_prefix_cache()
+            groups += self._sample({t: replacements[t] for t in tickets[start : start + size]})
+        return groups
+
+    def _sample(self, replacements: dict[int, int]) -> list[RolloutGroup]:
+        seed, size = self._config.seed, self._config.group_size
+        start_s = time.time()
+        rollouts, end_s, errors = {}, dict.fromkeys(replacements, start_s), {}
+        prompts = {t: self._prompts.at(t, seed, attempt=attempt) for t, attempt in replacements.items()}
+        for ticket, attempt in replacements.items():
+            seeds = [sample_seed(seed, ticket, i, attempt=attempt) for i in range(size)]
+            try:
+                self._engine.add_group(str(ticket), prompts[ticket].prompt_ids, seeds)
+            except ValueError as error:
+                errors[ticket] = str(error)
+        while self._engine.num_unfinished:
+            for group_id, index, rollout in self._engine.step():
+                rollouts[int(group_id), index] = rollout
+                end_s[int(group_id)] = time.time()
+        return [
+            RolloutGroup(
+                ticket=ticket,
+                prompt=prompts[ticket],
+                policy_version=self._version,
+                rollouts=[] if ticket in errors else [rollouts[ticket, i] for i in range(size)],
+                generator=GENERATOR,
+                generate_start_s=start_s,
+                generate_end_s=end_s[ticket],
+                error=errors.get(ticket, ""),
+                replacement=attempt,
+            )
+            for ticket, attempt in replacements.items()
+        ]

@@ -1,0 +1,257 @@
+"""The generators of a run: which are healthy, what each has to do, how many there are.
+
+Part of the rollout controller's process, in its event loop. A generator is healthy when it holds the latest version of
+the policy; only healthy ones are given work. One that fails (it died, hung, refused weights or returned garbage) is
+quarantined: it gets nothing until it holds the latest version again. One that may hang is restarted first.
+
+The pool grows and shrinks between generator.num_actors and generator.max_actors with the number of groups in flight. A
+newcomer loads the latest version before it is given work, and an actor that waits for a machine is the demand that
+Ray's autoscaler sees. Which generator samples a group does not change what is trained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ray.exceptions import ActorDiedError
+
+from raygrpo.config import GeneratorConfig
+
+if TYPE_CHECKING:
+    import ray
+    from ray.actor import ActorHandle
+
+    from raygrpo.roles.generator import WeightsAck
+
+logger = logging.getLogger(__name__)
+
+LOAD_DEADLINE_S = 600.0  # for one generator to load a version; later it counts as failed and is restarted
+REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
+
+
+class GeneratorPool:
+    """Not for several event loops at once. `changed` is notified when a generator becomes healthy or dies for good."""
+
+    def __init__(
+        self,
+        generators: dict[str, ActorHandle],
+        settings: GeneratorConfig,
+        changed: asyncio.Condition,
+        warn: Callable[[str], None],
+        launch: Callable[[str], ActorHandle] | None = None,
+    ):
+        """launch: makes a generator of this name; without it the pool stays as it is."""
+        self.generators = dict(generators)
+        self.healthy = set(generators)
+        self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
+        self.num_failures = 0
+        self._settings = settings
+        self._changed = changed
+        self._warn = warn
+        self._launch = launch
+        self._num_launched = len(generators)
+        self._extra: list[str] = []  # launched here, oldest first: these may go again
+        self._leaving: set[str] = set()
+        self._outstanding = dict.fromkeys(generators, 0)
+        self._peaks: deque[tuple[float, int]] = deque()  # (time, groups in flight), of the last scale_down_after_s
+        self._loading = {name: asyncio.Lock() for name in generators}  # a generator refuses a version twice
+        self._attempt = 0
+        self._version = -1  # of the latest publish, which may be under way: who is to be healthy must hold it
+        self._weights: list[ray.ObjectRef] = []  # of that version
+        self._tasks: set[asyncio.Task] = set()
+
+    @property
+    def all_dead(self) -> bool:
+        return len(self.dead) == len(self.generators)
+
+    @property
+    def cause_of_death(self) -> str:
+        return "no generator is left: " + "; ".join(f"{name}: {reason}" for name, reason in self.dead.items())
+
+    def begin_attempt(self, attempt: int) -> None:
+        """Nothing is in flight, and no version is the latest until the next publish."""
+        self._attempt, self._version = attempt, -1
+        self._outstanding = dict.fromkeys(self.generators, 0)
+
+    def take(self) -> str:
+        """The healthy generator with the least to do, which now has one group more. There must be one."""
+        name = min(sorted(self.healthy), key=self._outstanding.__getitem__)
+        self._outstanding[name] += 1
+        return name
+
+    def give_back(self, name: str) -> None:
+        """A group that `take` gave to this generator is no longer there."""
+        if name in self._outstanding:
+            self._outstanding[name] -= 1
+
+    # Weights.
+
+    async def publish(self, version: int, weights: list[ray.ObjectRef]) -> tuple[list[WeightsAck], list[str]]:
+        """Have every healthy generator load the version; returns (acknowledgements, names of those that did not).
+
+        While all generators restart, waits for the first. Raises RuntimeError when no generator can load it.
+        """
+        self._version, self._weights = version, weights
+        names = sorted(self.healthy)
+        results = await asyncio.gather(*(self._load(name) for name in names), return_exceptions=True)
+        acks, failed = [], {}
+        for name, result in zip(names, results, strict=True):
+            if not isinstance(result, BaseException):
+                acks.append(result)
+                continue
+            failed[name] = result
+            self._warn(f"{name} did not load version {version}: {last_line(result)}")
+            self.quarantine(name, restart=isinstance(result, TimeoutError))
+        if not acks:
+            await self._wait_for_a_revival(version, failed)
+        return acks, list(failed)
+
+    async def _wait_for_a_revival(self, version: int, failed: dict[str, BaseException]) -> None:
+        """Until a generator came back with the version, which _revive sees to. Raises RuntimeError when that is
+        hopeless (all refuse the weights, or are dead) or takes too long."""
+        reason = "; ".join(last_line(error) for error in failed.values()) or "all are restarting"
+        if failed and all(isinstance(error, ValueError) for error in failed.values()):
+            raise RuntimeError(f"no generator loaded version {version}: {reason}")
+        async with self._changed:
+            try:
+                async with asyncio.timeout(LOAD_DEADLINE_S):
+                    await self._changed.wait_for(lambda: self.healthy or self.all_dead)
+            except TimeoutError:
+                raise RuntimeError(
+                    f"no generator loaded version {version} within {LOAD_DEADLINE_S:g} s: {reason}"
+                ) from None
+        if self.all_dead:
+            raise RuntimeError(self.cause_of_death)
+
+    async def _load(self, name: str) -> WeightsAck:
+        """Load what is the latest version now."""
+        attempt, version, weights = self._attempt, self._version, self._weights
+        async with asyncio.timeout(LOAD_DEADLINE_S), self._loading[name]:
+            return await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
+
+    # Failures.
+
+    def quarantine(self, name: str, *, restart: bool) -> None:
+        """No more work for this generator until it holds the latest version again. A dead actor is restarted by Ray;
+        restart: this one may live, but cannot be trusted to answer."""
+        if name not in self.generators:
+            return
+        if restart:
+            restart_actor(self.generators[name])
+        if name not in self.healthy:
+            return
+        self.healthy.discard(name)
+        self.num_failures += 1
+        self._spawn(self._revive(name, f"{name} is back"))
+
+    async def _revive(self, name: str, what: str) -> None:
+        """Load the latest version, again and again until that is still the latest when it is loaded."""
+        while name in self.generators and name not in self._leaving:
+            attempt, version = self._attempt, self._version
+            if version < 0:  # an attempt begins
+                await asyncio.sleep(0.1)
+                continue
+            try:
+                await self._load(name)
+            except ActorDiedError as error:
+                if name in self._leaving:
+                    return
+                self._warn(f"{name} cannot be started: {last_line(error)}")
+                self.dead[name] = last_line(error)
+                break
+            except Exception as error:
+                logger.warning("%s is not back yet: %s", name, last_line(error))
+                if isinstance(error, TimeoutError):
+                    restart_actor(self.generators[name])
+                await asyncio.sleep(REVIVAL_PAUSE_S)
+                continue
+            if (attempt, version) == (self._attempt, self._version):
+                self.healthy.add(name)  # without an await since the check: the next publish will count on it
+                self._warn(f"{what}, with version {version}")
+                break
+        async with self._changed:
+            self._changed.notify_all()
+
+    # Size.
+
+    def resize(self, now_s: float, num_waiting: int = 0) -> None:
+        """Grow at once to what the groups in flight need; shrink to what they needed over the last
+        generator.scale_down_after_s. num_waiting: groups that no generator has yet.
+        """
+        if self._launch is None or self._settings.max_actors is None or self._version < 0:
+            return
+        in_flight = sum(self._outstanding.values()) + num_waiting
+        self._peaks.append((now_s, in_flight))
+        while self._peaks[0][0] < now_s - self._settings.scale_down_after_s:
+            self._peaks.popleft()
+        size = len(self.generators) - len(self.dead) - len(self._leaving)
+        for _ in range(size, self._size_for(in_flight)):
+            self._grow()
+        for _ in range(self._size_for(max(peak for _, peak in self._peaks)), size):
+            self._shrink()
+
+    def _size_for(self, num_groups: int) -> int:
+        target = self._settings.target_groups or self._settings.max_groups
+        most = self._settings.max_actors or self._settings.num_actors
+        return min(max(math.ceil(num_groups / target), self._settings.num_actors), most)
+
+    def _grow(self) -> None:
+        assert self._launch is not None
+        name = f"generator-{self._num_launched}"
+        self._num_launched += 1
+        self._extra.append(name)
+        self._loading[name] = asyncio.Lock()
+        self._outstanding[name] = 0
+        self.generators[name] = self._launch(name)
+        self._spawn(self._revive(name, f"{name} has joined"))
+
+    def _shrink(self) -> None:
+        """The newest goes, when what it has to do is done."""
+        name = next((name for name in reversed(self._extra) if name not in self._leaving), None)
+        if name is None:
+            return
+        self._leaving.add(name)
+        self.healthy.discard(name)
+        self._spawn(self._leave(name))
+
+    async def _leave(self, name: str) -> None:
+        deadline_s = time.monotonic() + self._settings.group_timeout_s
+        while self._outstanding[name] > 0 and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.1)
+        handle = self.generators.pop(name)
+        for record in (self._outstanding, self._loading, self.dead):
+            record.pop(name, None)
+        self._extra.remove(name)
+        self._leaving.discard(name)
+        end_actor(handle)
+        self._warn(f"{name} has left: it was not needed for {self._settings.scale_down_after_s:g} s")
+
+    def _spawn(self, coroutine) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def restart_actor(handle: ActorHandle) -> None:
+    """End its process; Ray starts another (max_restarts)."""
+    import ray
+
+    ray.kill(handle, no_restart=False)
+
+
+def end_actor(handle: ActorHandle) -> None:
+    import ray
+
+    ray.kill(handle)
+
+
+def last_line(error: BaseException) -> str:
+    """Ray puts the remote traceback into the message; the cause is its last line."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
