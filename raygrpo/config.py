@@ -29,6 +29,19 @@ from raygrpo.imports import is_object_name
 from raygrpo.section import NonNegativeFloat, NonNegativeInt, Probability, Section, merge
 
 
+class LoraConfig(Section):
+    rank: PositiveInt = 16
+    """Of the adapters' matrices."""
+    alpha: PositiveFloat = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers that get an adapter: all but the head, or names as peft takes them, e.g. [q_proj, v_proj]."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
 class ModelConfig(Section):
     path: str
     """A directory with a Hugging Face model and tokenizer (relative to the YAML's directory), or a name on the Hugging
@@ -39,6 +52,8 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; null: train all weights."""
 
 
 class DataConfig(Section):
@@ -167,7 +182,6 @@ class GeneratorConfig(Section):
     """Passed to vllm.LLM as they are, e.g. max_model_len, gpu_memory_utilization, kv_cache_memory_bytes,
     tensor_parallel_size."""
 
-
     @model_validator(mode="after")
     def _pool(self) -> GeneratorConfig:
         if self.max_actors is not None and self.max_actors < self.num_actors:
@@ -220,6 +234,9 @@ class LearnerConfig(Section):
     """Token budget of one micro-batch, prefixes counted once. A group is never split across micro-batches' boundaries
     unless it alone exceeds the budget."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    max_logprob_diff: PositiveFloat = 0.2
+    """The run stops when, in the first step, generator and learner differ by more in the mean log-probability of a
+    token: they then do not compute the same model."""
     skip_zero_advantages: bool = True
     """Encode no group whose advantages are all zero. Exact, and so done only while neither a KL penalty in the loss nor
     an entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""

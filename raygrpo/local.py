@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RunConfig
 from raygrpo.data import sample_seed
+from raygrpo.lora import AdapterMerger
 from raygrpo.prepare import PreparedRun
 from raygrpo.summary import summarise
 from raygrpo.train import (
@@ -113,6 +114,7 @@ class LocalRun:
         self._scorer = scorer
         self._tracker = tracker
         self._watcher = watcher
+        self._merge = AdapterMerger(self._config.model) if self._config.model.lora else None
         self._num_warnings = 0
         self._version = -1
         self._first_ticket = 0
@@ -131,7 +133,8 @@ class LocalRun:
         from raygrpo.weights import unpack
 
         start_s = time.time()
-        self._engine.load_weights(unpack(weights))
+        tensors = unpack(weights)
+        self._engine.load_weights(self._merge(tensors) if self._merge else tensors)
         if self._version < 0:
             self._watcher.on_phase("training")
         self._version = version

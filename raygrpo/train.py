@@ -25,6 +25,7 @@ from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
 
 if TYPE_CHECKING:
+    import ray
     from ray.actor import ActorHandle
 
     from raygrpo.tracking import Links
@@ -83,7 +84,8 @@ def train(
         watcher.on_phase("starting generators and learners")
         tracker = launch_tracker(config, run_dir, resume_command)
         generators = launch_generators(prepared, run_dir.name)
-        controller = launch_controller(prepared, generators, run_dir)
+        prompts = ray.put(prepared.prompts)  # kept here: a controller that is started again reads them again
+        controller = launch_controller(prepared, prompts, generators, run_dir)
         status = "FAILED"
         try:
             with _follow(tracker, controller, watcher):
@@ -225,7 +227,9 @@ class GeneratorLauncher:
         )
 
 
-def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle], run_dir: Path) -> ActorHandle:
+def launch_controller(
+    prepared: PreparedRun, prompts: ray.ObjectRef, generators: dict[str, ActorHandle], run_dir: Path
+) -> ActorHandle:
     import ray
 
     from raygrpo.roles.controller import RolloutController
@@ -235,7 +239,7 @@ def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle],
         name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
     )
     return actor.remote(
-        prepared.prompts,
+        [prompts],
         generators,
         seed=config.seed,
         groups_per_step=config.groups_per_step,

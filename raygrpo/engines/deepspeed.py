@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         self._num_updates = num_updates
         self._policy = policy
         parameters = [p for p in policy.parameters() if p.requires_grad]
+        self._has_frozen = len(parameters) < sum(1 for _ in policy.parameters())  # those are on disk already
         optimizer = torch.optim.AdamW(
             parameters,
             lr=self._settings.lr,
@@ -112,29 +113,35 @@ class DeepSpeedEngine:
     def save(self, directory: str | Path) -> None:
         """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are
         given."""
-        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, save_latest=False)
+        self._engine.save_checkpoint(
+            str(directory), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+        )
 
     def load(self, directory: str | Path) -> None:
         """Read back what `save` wrote with as many ranks and the same ZeRO stage. The files are pickles: verify their
         digests before."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
+        path, _ = self._engine.load_checkpoint(
+            str(directory), tag=CHECKPOINT_TAG, load_module_strict=not self._has_frozen
+        )
         if path is None:
             raise RuntimeError(f"DeepSpeed did not find its checkpoint in {directory}")
 
     @torch.no_grad()
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor on its device) of every parameter; tied ones once. Under ZeRO-3 in buckets,
+    def named_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor on its device) of every parameter, or of those that are trained; tied ones
+        once. Under ZeRO-3 in buckets,
         never the whole model at once: a tensor is valid until the next is asked for, and every rank must exhaust the
         iterator."""
+        wanted = [(n, p) for n, p in self._policy.named_parameters() if p.requires_grad or not trained_only]
         if not self._is_zero3:
-            for name, parameter in self._policy.named_parameters():
+            for name, parameter in wanted:
                 yield name, parameter.detach()
             return
         import deepspeed
 
         bucket: list[tuple[str, nn.Parameter]] = []
         num_bytes = 0
-        for name, parameter in self._policy.named_parameters():
+        for name, parameter in wanted:
             bucket.append((name, parameter))
             num_bytes += parameter.ds_numel * parameter.element_size()
             if num_bytes >= GATHER_BYTES:

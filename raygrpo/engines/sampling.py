@@ -170,16 +170,8 @@ def checkpoint_shapes(path: str, *, tied_head: bool) -> dict[str, tuple[int, ...
     """
     from safetensors import safe_open
 
-    directory = Path(path)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(path, allow_patterns=["*.safetensors"], local_files_only=True))
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} has no .safetensors files: convert it once with save_pretrained")
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     ignored = [
@@ -188,6 +180,26 @@ def checkpoint_shapes(path: str, *, tied_head: bool) -> dict[str, tuple[int, ...
     for name in ignored:
         del shapes[name]
     return shapes
+
+
+def checkpoint_tensors(path: str) -> dict[str, Tensor]:
+    """The checkpoint's tensors by name, mapped from its files."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in checkpoint_files(path) for name, tensor in load_file(file).items()}
+
+
+def checkpoint_files(path: str) -> list[Path]:
+    """The safetensors files of a model on disk or in the hub's cache. Raises ValueError when there are none."""
+    directory = Path(path)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(path, allow_patterns=["*.safetensors"], local_files_only=True))
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} has no .safetensors files: convert it once with save_pretrained")
+    return files
 
 
 def hide_broken_packages() -> None:

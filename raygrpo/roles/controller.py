@@ -83,7 +83,7 @@ class ControllerStatus:
 class RolloutController:
     def __init__(
         self,
-        prompts: PromptSet,
+        prompts: PromptSet | list[ray.ObjectRef],
         generators: dict[str, ActorHandle],
         *,
         seed: int,
@@ -95,9 +95,9 @@ class RolloutController:
         launch: Callable[[str], ActorHandle] | None = None,
         report_dir: str | None = None,
     ):
-        """launch: makes a further generator of this name, for a pool that grows. report_dir: where the watchdog
-        writes."""
-        self._prompts = prompts
+        """prompts: or a list with one Ray reference to them. launch: makes a further generator of this name, for a pool
+        that grows. report_dir: where the watchdog writes."""
+        self._prompts = _resolve(prompts)
         self._seed = seed
         self._groups_per_step = groups_per_step
         self._group_size = group_size
@@ -343,6 +343,14 @@ class RolloutController:
             f"{health}, version {status.version}, {status.groups_running} groups running, {status.groups_waiting} "
             f"waiting, {status.num_groups} finished\n{stacks}"
         )
+
+
+def _resolve(prompts: PromptSet | list[ray.ObjectRef]) -> PromptSet:
+    if not isinstance(prompts, list):
+        return prompts
+    import ray
+
+    return ray.get(prompts[0])
 
 
 def _fenced(row: int) -> Claim:

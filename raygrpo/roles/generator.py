@@ -33,12 +33,16 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import GeneratorConfig, ModelConfig
 from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
+from raygrpo.lora import AdapterMerger
 from raygrpo.types import Prompt, Rollout, RolloutGroup
 from raygrpo.weights import PackedWeights, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +134,12 @@ class Generator:
         self._version_timeout_s = version_timeout_s
         self._version_changed = asyncio.Event()  # set, and replaced by a new one, at each change
         self._waiting_for_version = 0
-        self._worker = EngineThread(name, 1 if deterministic else generator.max_groups, keep_cache=not deterministic)
+        self._worker = EngineThread(
+            name,
+            1 if deterministic else generator.max_groups,
+            keep_cache=not deterministic,
+            to_weights=AdapterMerger(model) if model.lora else None,
+        )
         num_threads = generator.num_threads or max(1, len(os.sched_getaffinity(0)) // generator.num_actors)
         self._worker.start(lambda: make_engine(model, generator, max_model_len=max_model_len, num_threads=num_threads))
 
@@ -210,13 +219,22 @@ class Generator:
 class EngineThread:
     """The only thread that touches the engine; messages come in by `inbox`, answers go out by each message's future."""
 
-    def __init__(self, name: str, max_groups: int, *, keep_cache: bool = True):
+    def __init__(
+        self,
+        name: str,
+        max_groups: int,
+        *,
+        keep_cache: bool = True,
+        to_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ):
+        """to_weights: makes what the engine loads out of what was published."""
         self.inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self.version = 0
         self.attempt = 0
         self._name = name
         self._max_groups = max_groups
         self._keep_cache = keep_cache
+        self._to_weights = to_weights
         self._running: dict[str, _Group] = {}
         self._waiting: deque[_Group] = deque()
         self._updates: deque[_Update] = deque()
@@ -331,7 +349,8 @@ class EngineThread:
         try:
             if (update.attempt, update.version) <= (self.attempt, self.version):
                 raise ValueError(f"{self._name} serves version {self.version} already, not {update.version}")
-            self._engine.load_weights(unpack(update.packed))
+            tensors = unpack(update.packed)
+            self._engine.load_weights(self._to_weights(tensors) if self._to_weights else tensors)
         except ValueError as error:
             update.result.set_exception(error)
             return

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.checkpoint import CheckpointStore, RunState
-from raygrpo.config import RunConfig
+from raygrpo.config import ModelConfig, RunConfig
+from raygrpo.lora import add_adapters, merge, split_adapters
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval, covered_seconds, stage_seconds
 from raygrpo.types import RunStopped, ScoredGroup, StepMetrics
@@ -108,6 +109,7 @@ class Learner:
             setup.checkpoint_dir, keep=setup.config.checkpoint.keep, keep_best=setup.config.checkpoint.keep_best
         )
         self._committing: Future[None] | None = None
+        self._is_checked = False
         self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
         self._attempt = 0
         self._failed_checkpoints = 0
@@ -215,6 +217,8 @@ class Learner:
                 self._link.learners_do(f"training step {step}")
             metrics, advantages = self._updater.update(groups, step)
             learn_end_s = time.time()
+            if not self._is_checked:
+                self._check_generators(metrics)
             self._rewards.append(metrics["reward/mean"])
             if self._rank == 0:
                 self._link.log_samples(step, groups, advantages)
@@ -249,6 +253,17 @@ class Learner:
                 )
         return groups
 
+    def _check_generators(self, metrics: StepMetrics) -> None:
+        """Of the first step, whose groups were sampled by the very weights that are trained: what differs is how the
+        two engines compute them."""
+        difference, limit = metrics["sampling/logprob_diff"], self._config.learner.max_logprob_diff
+        if not difference <= limit:
+            raise RunStopped(
+                f"generator and learner differ by {difference:.3g} in the mean log-probability of a token "
+                f"(learner.max_logprob_diff is {limit:g}): they do not compute the same model"
+            )
+        self._is_checked = True
+
     def _check_tickets(self, step: int, facts: list[_Facts]) -> None:
         """Every group of the step was trained once, on one rank, and no other."""
         per_step = self._config.groups_per_step
@@ -260,7 +275,7 @@ class Learner:
         """Hand the weights over; all ranks call it. Returns when they are packed: `_report` waits for the acks."""
         from raygrpo.weights import pack
 
-        weights: Iterator[tuple[str, torch.Tensor]] = self._engine.named_weights()
+        weights = self._engine.named_weights(trained_only=self._config.model.lora is not None)
         if self._rank == 0:
             self._link.publish(version, pack(weights))
         else:
@@ -295,7 +310,7 @@ class Learner:
         self._finish_commit()
         state = {name: tensor.cpu().clone() for name, tensor in self._engine.named_weights() if self._rank == 0}
         if self._rank == 0:
-            export_policy(self._policy, state, self._config.model.path, self._export_dir)
+            export_policy(self._policy, state, self._config.model, self._export_dir)
 
 
 def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, ModelShape]:
@@ -326,10 +341,15 @@ def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, Mo
         enable_shared_prefix(model, attention=learner.attention)
         return model
 
-    policy = load().train()
+    policy = load()
+    if config.model.lora is not None:
+        policy = add_adapters(policy, config.model.lora)
+    policy.train()
     if config.model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    reference = load().eval().requires_grad_(False) if algorithm.kl.coef > 0 else None
+    adapters_off = getattr(policy, "disable_adapter", None) if config.model.lora is not None else None
+    needs_reference = algorithm.kl.coef > 0 and adapters_off is None
+    reference = load().eval().requires_grad_(False) if needs_reference else None
     shape = ModelShape.from_config(policy.config)
     num_updates = config.num_steps * algorithm.updates_per_step
     engine = DeepSpeedEngine(policy, learner, dtype=config.model.dtype, num_updates=num_updates)
@@ -343,18 +363,24 @@ def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, Mo
         max_completion_tokens=config.generator.sampling.max_tokens,
         skip_zero_advantages=learner.skip_zero_advantages,
         device=device,
+        adapters_off=adapters_off,
     )
     return policy, engine, updater, shape
 
 
-def export_policy(policy: nn.Module, state: dict[str, torch.Tensor], source: str, directory: str) -> None:
-    """A directory that AutoModelForCausalLM.from_pretrained and vLLM load: safetensors, tokenizer, generation
-    config."""
+def export_policy(policy: Any, state: dict[str, torch.Tensor], model: ModelConfig, directory: str) -> None:
+    """A directory that AutoModelForCausalLM.from_pretrained and vLLM load: safetensors, tokenizer, generation config.
+    With LoRA the adapters are merged into the weights, and lie in `adapter` besides, for peft."""
     from transformers import AutoTokenizer
 
     Path(directory).mkdir(parents=True, exist_ok=True)
+    if model.lora is not None:
+        policy.save_pretrained(str(Path(directory, "adapter")), state_dict=state)
+        frozen, adapters = split_adapters(state.items())
+        state = merge(frozen, adapters, model.lora.scaling, model.dtype)
+        policy = policy.get_base_model()
     policy.save_pretrained(directory, state_dict=state)
-    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).save_pretrained(directory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

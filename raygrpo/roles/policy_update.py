@@ -9,7 +9,8 @@ Shapes: R rollouts of this rank's groups, S their completion tokens, K reward fu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,9 +108,13 @@ class PolicyUpdater:
         max_completion_tokens: int,
         skip_zero_advantages: bool,
         device: torch.device,
+        adapters_off: Callable[[], AbstractContextManager[Any]] | None = None,
     ):
+        """adapters_off: within it the policy is its own reference, in place of `reference`."""
         self._engine = engine
         self._reference = reference
+        self._adapters_off = adapters_off if settings.kl.coef > 0 else None
+        self._has_reference = reference is not None or self._adapters_off is not None
         self._settings = settings
         self._reward = reward
         self._weights = torch.tensor([function.weight for function in reward.functions], dtype=torch.float64)
@@ -132,9 +137,12 @@ class PolicyUpdater:
         batch = StepBatch.from_groups(scored, len(self._weights), self._device)
         failed = batch.rewards.isnan().any(dim=1)
         old_logprobs = ref_logprobs = None
-        if self._settings.updates_per_step > 1 or (self._reference is not None and self._kl_in_reward):
+        if self._settings.updates_per_step > 1 or (self._has_reference and self._kl_in_reward):
             old_logprobs = self._score(self._engine.module, batch.groups)
-        if self._reference is not None:
+        if self._adapters_off is not None:
+            with self._adapters_off():
+                ref_logprobs = self._score(self._engine.module, batch.groups)
+        elif self._reference is not None:
             ref_logprobs = self._score(self._reference, batch.groups)
 
         mask = rollout_loss_mask(batch.rollout_index, self._settings, failed=failed, truncated=batch.truncated)
@@ -320,7 +328,7 @@ class PolicyUpdater:
             for stream in streams:
                 shared = SharedPrefixBatch.from_groups([pieces[index] for index in stream])
                 scores = score_completions(model, shared, temperature=self._temperature).logprobs
-                index = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in stream])
+                index = torch.cat([torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in stream])
                 result[index.to(self._device)] = scores.float()
             for _ in range(most - len(streams)):
                 score_completions(model, SharedPrefixBatch.padding(), temperature=self._temperature)

@@ -1,0 +1,265 @@
+"""A pool of generators that grows, shrinks and restarts those that hang; and the watchdog's verdicts. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raygrpo.config import GeneratorConfig, WatchdogConfig
+from raygrpo.roles import controller as controller_module
+from raygrpo.roles import generator_pool as pool_module
+from raygrpo.roles.controller import RolloutController
+from raygrpo.roles.generator_pool import GeneratorPool
+from raygrpo.roles.watchdog import AT_THE_GATE, PendingClaim, stall_report
+from tests.roles.test_controller import WEIGHTS, FakeGenerator, begin, prompt_set, settle, wait_until
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch):
+    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
+    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
+    monkeypatch.setattr(pool_module, "end_actor", lambda generator: generator.end())
+
+
+class Launcher:
+    """Makes generators, and keeps them."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Mortal] = {}
+
+    def __call__(self, name: str) -> Mortal:
+        self.made[name] = Mortal(name)
+        return self.made[name]
+
+
+class Mortal(FakeGenerator):
+    ended = False
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def growing_pool(launch: Launcher, *, num_actors: int = 1, max_actors: int = 3) -> GeneratorPool:
+    settings = GeneratorConfig(num_actors=num_actors, max_actors=max_actors, target_groups=4, scale_down_after_s=10.0)
+    first = {f"generator-{i}": Mortal(f"generator-{i}") for i in range(num_actors)}
+    return GeneratorPool(first, settings, asyncio.Condition(), lambda text: None, launch)  # type: ignore[arg-type]
+
+
+def test_the_pool_grows_with_the_groups_in_flight_and_newcomers_load_before_they_serve():
+    async def run() -> None:
+        launch = Launcher()
+        pool = growing_pool(launch)
+        pool.resize(0.0, num_waiting=100)
+        assert launch.made == {}, "before the first publish there is no version to load"
+        await pool.publish(3, WEIGHTS)
+        for _ in range(4):
+            pool.take()
+        pool.resize(1.0)
+        assert launch.made == {}, "4 groups are what one generator should have"
+        pool.take()
+        pool.resize(2.0)
+        assert list(launch.made) == ["generator-1"]
+        assert pool.healthy == {"generator-0"}, "it has no weights yet"
+        await wait_until(lambda: "generator-1" in pool.healthy)
+        assert launch.made["generator-1"].loads == [(0, 3, "packed weights")]
+        assert pool.take() == "generator-1", "it has the least to do"
+        pool.resize(3.0, num_waiting=100)
+        assert list(launch.made) == ["generator-1", "generator-2"], "max_actors is 3"
+
+    asyncio.run(run())
+
+
+def test_the_pool_shrinks_after_a_quiet_time_without_losing_a_group():
+    async def run() -> None:
+        launch = Launcher()
+        pool = growing_pool(launch, num_actors=1)
+        await pool.publish(0, WEIGHTS)
+        taken = [pool.take() for _ in range(8)]
+        pool.resize(0.0)
+        await wait_until(lambda: len(pool.healthy) == 2)
+        for name in taken:
+            pool.give_back(name)
+        assert [pool.take(), pool.take()] == ["generator-0", "generator-1"]
+        pool.resize(9.0)
+        assert len(pool.generators) == 2, "8 groups were in flight less than 10 s ago"
+        pool.resize(11.0)
+        assert pool.healthy == {"generator-0"}, "no more work for the one that leaves"
+        pool.resize(30.0)
+        await settle()
+        assert "generator-1" in pool.generators and not launch.made["generator-1"].ended, "it still has a group"
+        pool.give_back("generator-1")
+        await wait_until(lambda: launch.made["generator-1"].ended)
+        assert list(pool.generators) == ["generator-0"]
+        pool.resize(60.0)
+        assert list(pool.generators) == ["generator-0"], "never below num_actors"
+        pool.resize(61.0, num_waiting=7)
+        assert "generator-3" not in launch.made and "generator-2" in launch.made, "and it can grow again"
+
+    asyncio.run(run())
+
+
+def test_a_publish_reaches_whoever_joined():
+    async def run() -> None:
+        launch = Launcher()
+        pool = growing_pool(launch)
+        await pool.publish(0, WEIGHTS)
+        pool.resize(0.0, num_waiting=5)
+        await wait_until(lambda: "generator-1" in pool.healthy)
+        acks, failed = await pool.publish(1, WEIGHTS)
+        assert {ack.generator for ack in acks} == {"generator-0", "generator-1"} and failed == []
+
+    asyncio.run(run())
+
+
+# Generators that hang.
+
+
+def controller_with(*generators: FakeGenerator, **watchdog: Any) -> RolloutController:
+    return RolloutController(
+        prompt_set(),
+        {generator.name: generator for generator in generators},  # type: ignore[misc]
+        seed=5,
+        groups_per_step=4,
+        group_size=3,
+        max_staleness=0,
+        watchdog=WatchdogConfig(**watchdog) if watchdog else None,
+    )
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_generator_that_hangs_is_restarted_and_one_that_died_is_left_to_ray(restart):
+    async def run() -> None:
+        broken, other = FakeGenerator("a"), FakeGenerator("b")
+        controller = controller_with(broken, other)
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        claim = await controller.claim(stream, 0)
+        assert claim.generator is broken and claim.timeout_s == GeneratorConfig().group_timeout_s
+        await controller.release(stream, 0, "a", "no answer", restart)
+        assert broken.restarts == int(restart)
+        assert (await controller.claim(stream, 0)).generator is other
+
+    asyncio.run(run())
+
+
+def test_a_load_that_times_out_restarts_the_generator(monkeypatch):
+    monkeypatch.setattr(pool_module, "LOAD_DEADLINE_S", 0.02)
+
+    async def run() -> None:
+        async def hang_until_restarted(version: int) -> None:
+            if not stuck.restarts:
+                await asyncio.Event().wait()
+
+        stuck = FakeGenerator("a", hang_until_restarted)
+        controller = controller_with(stuck)
+        report = await controller.publish(0, WEIGHTS)
+        assert (report.failed, report.num_generators, stuck.restarts) == (["a"], 1, 1)
+
+    asyncio.run(run())
+
+
+# The watchdog.
+
+
+class Talking(FakeGenerator):
+    """Answers for a report."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.status = SimpleNamespace(remote=self._status)
+        self.stacks = SimpleNamespace(remote=self._stacks)
+
+    async def _status(self) -> Any:
+        return SimpleNamespace(version=self.version, groups_running=1, groups_waiting=0, num_groups=7)
+
+    async def _stacks(self) -> str:
+        return "thread engine:\n  kernel.py:12 spin"
+
+
+def test_the_watchdog_names_the_claims_and_restarts_the_generators_that_hold_them(tmp_path):
+    async def run() -> None:
+        stuck, idle = Talking("a"), Talking("b")
+        controller = controller_with(stuck, idle, timeout_s=0.2)
+        controller._report_dir = str(tmp_path)
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        await controller.learners_do("waiting for the groups of step 0")
+        await controller.claim(stream, 0)
+        at_gate = asyncio.create_task(controller.claim(stream, 5))
+        await settle()
+        assert list(tmp_path.iterdir()) == []
+        await wait_until(lambda: stuck.restarts > 0)
+        (path,) = tmp_path.iterdir()
+        report = path.read_text()
+        assert "ticket 0 is at a, for 0 s" in report and "ticket 5 waits at the gate" in report
+        assert "learners: waiting for the groups of step 0" in report and "version 0" in report
+        assert "a: healthy, version 0, 1 groups running" in report and "kernel.py:12 spin" in report
+        assert (stuck.restarts, idle.restarts) == (1, 0)
+        status = await controller.status()
+        assert status.num_evictions == 0 and status.stop_reason is None
+        assert "restarting a" in status.warnings[0] and str(path) in status.warnings[0]
+        at_gate.cancel()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("action", ["restart", "fail"])
+def test_learners_that_hang_are_evicted(action):
+    async def run() -> None:
+        controller = controller_with(Talking("a"), timeout_s=0.2, action=action)
+        await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        await controller.learners_do("training step 3")
+        await wait_until(lambda: controller._num_evictions > 0)
+        status = await controller.status()
+        assert status.num_evictions == 1
+        said = status.stop_reason if action == "fail" else status.warnings[-1]
+        assert said is not None and "the learners are training step 3" in said
+        assert (status.stop_reason is not None) == (action == "fail")
+
+    asyncio.run(run())
+
+
+def test_the_watchdog_looks_by_itself_and_any_progress_counts():
+    async def run() -> None:
+        controller = controller_with(Talking("a"), timeout_s=0.2)
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        for row in range(4):  # longer than the timeout altogether
+            claim = await controller.claim(stream, row)
+            await asyncio.sleep(0.1)
+            await controller.release(stream, claim.ticket, claim.generator_name, None)
+        assert (await controller.status()).num_evictions == 0
+        async with asyncio.timeout(5):
+            while not (await controller.status()).num_evictions:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_a_generator_that_does_not_answer_is_said_to_be_so(monkeypatch):
+    monkeypatch.setattr(controller_module, "STATUS_DEADLINE_S", 0.02)
+
+    async def run() -> None:
+        silent = Talking("a")
+
+        async def never() -> Any:
+            await asyncio.Event().wait()
+
+        silent.status = SimpleNamespace(remote=never)
+        controller = controller_with(silent)
+        assert "does not answer within 0.02 s" in await controller._describe("a")
+
+    asyncio.run(run())
+
+
+def test_a_report_without_claims_points_to_the_reward_stage():
+    text = stall_report(60.0, state="version 3", learners="waiting", learners_s=60.0, claims=[], generators={})
+    assert "look at the reward stage" in text
+    claims = [PendingClaim(ticket=9, where=AT_THE_GATE, since_s=0.0), PendingClaim(ticket=2, where="g", since_s=0.0)]
+    text = stall_report(60.0, state="", learners="", learners_s=0.0, claims=claims, generators={"g": "fine\nstack"})
+    assert text.index("ticket 2 is at g") < text.index("ticket 9 waits at the gate")
+    assert "reward stage" not in text and "  g: fine\n    stack" in text
