@@ -38,6 +38,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the newest run of this name, from its newest checkpoint.")
     ] = False,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local", help="Run everything in this process, without Ray: breakpoints work, in reward functions too."
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Also show what the worker processes print.")] = False,
 ) -> None:
     """Train a policy as CONFIG says, to the end.
@@ -52,18 +58,26 @@ def train(
 
     from rich.console import Console
 
-    from raygrpo.console import show_progress
+    from raygrpo.console import print_preset, show_progress
     from raygrpo.prepare import prepare
     from raygrpo.summary import print_summary
-    from raygrpo.train import train as run
 
     start_s = time.monotonic()
     settings = _load(config, overrides)
-    command = shlex.join(["raygrpo", "train", str(config), *(overrides or []), "--resume"])
+    command = shlex.join(["raygrpo", "train", str(config), *(overrides or []), *["--local"] * local, "--resume"])
     prepared = _or_exit(lambda: prepare(settings, config.parent))
+    screen = Console(stderr=True)
+    print_preset(settings.algorithm, screen)
     try:
-        with show_progress(settings, Console(stderr=True)) as watcher:
-            result = run(prepared, watcher, resume=resume, resume_command=command, verbose=verbose)
+        with show_progress(settings, screen) as watcher:
+            if local:
+                from raygrpo.local import train_locally
+
+                result = train_locally(prepared, watcher, resume=resume, resume_command=command)
+            else:
+                from raygrpo.train import train as train_on_ray
+
+                result = train_on_ray(prepared, watcher, resume=resume, resume_command=command, verbose=verbose)
     except (RuntimeError, ValueError) as error:
         _fail(f"training failed: {error}")
     except KeyboardInterrupt:
