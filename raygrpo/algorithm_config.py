@@ -141,6 +141,11 @@ class AlgorithmConfig(Section):
             nearest = difflib.get_close_matches(str(name), PRESETS, n=1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             raise ValueError(f"unknown algorithm.preset {name!r}: {hint}known are {', '.join(PRESETS)}")
+        # A section given as an object says what was set in it, not what its defaults are.
+        given = {
+            key: value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+            for key, value in given.items()
+        }
         return merge(PRESETS[name], given)
 
     @model_validator(mode="after")

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raygrpo.config import RunConfig
+from raygrpo.console import print_preset
 from raygrpo.prepare import PreparedRun, prepare, required_resources
-from raygrpo.presets import preset_fields
 from raygrpo.rewards import RewardCheck, check_rewards
 
 NUM_SHOWN_PROMPTS = 2
@@ -40,8 +40,7 @@ def check(config: RunConfig, config_dir: str | Path, console: Console | None = N
     console.print(_reward_table(rewards))
     console.print(_batch_table(batch_algebra(prepared)))
     console.print(_resource_table(config))
-    for field in preset_fields(config.algorithm):
-        console.print(f"preset {config.algorithm.preset}: {field}", highlight=False, markup=False)
+    print_preset(config.algorithm, console)
     for problem in problems:
         console.print(f"problem: {problem}", style="red", highlight=False, markup=False)
     if not problems:

@@ -58,7 +58,7 @@ def train(
 
     from rich.console import Console
 
-    from raygrpo.console import show_progress
+    from raygrpo.console import print_preset, show_progress
     from raygrpo.prepare import prepare
     from raygrpo.summary import print_summary
 
@@ -66,8 +66,10 @@ def train(
     settings = _load(config, overrides)
     command = shlex.join(["raygrpo", "train", str(config), *(overrides or []), *["--local"] * local, "--resume"])
     prepared = _or_exit(lambda: prepare(settings, config.parent))
+    screen = Console(stderr=True)
+    print_preset(settings.algorithm, screen)
     try:
-        with show_progress(settings, Console(stderr=True)) as watcher:
+        with show_progress(settings, screen) as watcher:
             if local:
                 from raygrpo.local import train_locally
 

@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from raygrpo.config import RunConfig
+from raygrpo.config import AlgorithmConfig, RunConfig
+from raygrpo.presets import preset_fields
 
 if TYPE_CHECKING:
     from raygrpo.train import Watcher
@@ -43,6 +44,12 @@ def show_progress(config: RunConfig, console: Console) -> Iterator[Watcher]:
         console=console,
     ) as progress:
         yield BarWatcher(config, progress)
+
+
+def print_preset(algorithm: AlgorithmConfig, console: Console) -> None:
+    """What the chosen preset set, and what of it the run's own settings overrode; nothing without a preset."""
+    for field in preset_fields(algorithm):
+        console.print(f"preset {algorithm.preset}: {field}", highlight=False, markup=False, soft_wrap=True)
 
 
 def describe_step(metrics: StepMetrics) -> str:

@@ -22,12 +22,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raygrpo.algorithm import zero_spread
@@ -43,11 +44,10 @@ from raygrpo.types import (
 )
 
 if TYPE_CHECKING:
+    import ray.train
     from ray.actor import ActorHandle
 
     from raygrpo.roles.controller import Claim
-
-Group = TypeVar("Group", RolloutGroup, ScoredGroup)
 
 PROMPT_TYPE = pa.struct(
     [
@@ -109,40 +109,85 @@ def table_to_scored_groups(table: pa.Table) -> list[ScoredGroup]:
     return [row_to_scored_group(row) for row in table.to_pylist()]
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A group that a generator was asked for."""
+
+    row: int
+    claim: Claim
+    deadline_s: float  # time.monotonic()
+
+
 class RolloutStage:
     """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the
-    group."""
+    groups of a block."""
 
-    def __init__(self, controller: ActorHandle, stream: int, groups_in_flight: int):
+    def __init__(self, controller: ActorHandle, stream: int):
         self._controller = controller
         self._stream = stream
-        self._threads = ThreadPoolExecutor(groups_in_flight)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return groups_to_table(self.for_each(self.roll_out, rows))
+        return groups_to_table(self.roll_out(rows["row"].to_pylist()))
 
-    def for_each(self, function: Callable[[int], Group], rows: pa.Table) -> list[Group]:
-        """The function's results for the rows of a block, which wait for their generators together."""
-        return list(self._threads.map(function, rows["row"].to_pylist()))
+    def roll_out(self, rows: list[int], replacement: int = 0) -> list[RolloutGroup]:
+        """The rows' groups, which generators sample at the same time. One that fails goes to another generator until
+        one answers; the claim of a ticket always gives the same prompt and seeds."""
+        groups: dict[int, RolloutGroup] = {}
+        calls = self._begin(rows, replacement, groups)
+        while calls:
+            releases, again = [], []
+            for ref in _finished_or_late(calls):
+                call = calls.pop(ref)
+                group, failure, restart = _answer(ref, call.claim)
+                releases.append((call.claim.ticket, call.claim.generator_name, failure, restart))
+                if group is None:
+                    again.append(call.row)
+                else:
+                    groups[call.row] = replace(group, replacement=replacement)
+            self._controller.release_block.remote(self._stream, releases)
+            if again:
+                calls |= self._begin(again, replacement, groups)
+        return [groups[row] for row in rows]
 
-    def roll_out(self, row: int, replacement: int = 0) -> RolloutGroup:
-        """Retry on another generator until one answers; the claim of a ticket always gives the same prompt and
-        seeds."""
-        while True:
-            claim: Claim = ray.get(self._controller.claim.remote(self._stream, row, replacement))
+    def _begin(self, rows: list[int], replacement: int, groups: dict[int, RolloutGroup]) -> dict[ray.ObjectRef, _Call]:
+        """Claim the rows and call their generators. A row that gets none becomes a group with an error."""
+        calls = {}
+        claims: list[Claim] = ray.get(self._controller.claim_block.remote(self._stream, rows, replacement))
+        for row, claim in zip(rows, claims, strict=True):
             if claim.generator is None:
-                return _failed_group(claim, claim.error)
-            failure = None
-            try:
-                request = (claim.ticket, claim.prompt, claim.seeds, claim.min_version)
-                group = ray.get(claim.generator.generate.remote(*request))
-            except ValueError as error:  # this request cannot be served, by no generator
-                group = _failed_group(claim, str(getattr(error, "cause", error)))  # Ray adds the remote traceback
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                failure = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
-            self._controller.release.remote(self._stream, claim.ticket, claim.generator_name, failure)
-            if failure is None:
-                return replace(group, replacement=replacement)
+                groups[row] = _failed_group(claim, claim.error)
+                continue
+            ref = claim.generator.generate.remote(claim.ticket, claim.prompt, claim.seeds, claim.min_version)
+            calls[ref] = _Call(row, claim, time.monotonic() + claim.timeout_s)
+        return calls
+
+
+def _finished_or_late(calls: dict[ray.ObjectRef, _Call]) -> list[ray.ObjectRef]:
+    """Wait until there is one; then all of them."""
+    refs = list(calls)
+    while True:
+        patience_s = min(call.deadline_s for call in calls.values()) - time.monotonic()
+        ray.wait(refs, num_returns=1, timeout=max(0.0, patience_s))
+        finished, running = ray.wait(refs, num_returns=len(refs), timeout=0)
+        now_s = time.monotonic()
+        if ready := finished + [ref for ref in running if calls[ref].deadline_s <= now_s]:
+            return ready
+
+
+def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str | None, bool]:
+    """(group, failure, restart): the generator's group, or why it has none and whether it must be restarted."""
+    try:
+        group: RolloutGroup = ray.get(ref, timeout=0)
+    except ray.exceptions.GetTimeoutError:
+        return None, f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)", True
+    except ValueError as error:  # this request cannot be served, by no generator
+        return _failed_group(claim, str(getattr(error, "cause", error))), None, False  # Ray adds the remote traceback
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return None, f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}", False
+    flaw = group.flaw(ticket=claim.ticket, num_completions=len(claim.seeds), min_version=claim.min_version)
+    if flaw:
+        return None, f"what it returned is no group: {flaw}", True
+    return group, None, False
 
 
 def _failed_group(claim: Claim, error: str) -> RolloutGroup:
@@ -183,20 +228,21 @@ class DynamicSamplingStage:
         import_paths: list[str],
         max_replacements: int,
     ):
-        self._rollouts = RolloutStage(controller, stream, groups_in_flight)
+        self._rollouts = RolloutStage(controller, stream)
+        self._threads = ThreadPoolExecutor(groups_in_flight)
         self._scorer = Scorer(config, import_paths)
         self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
         self._max_replacements = max_replacements
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return scored_groups_to_table(self._rollouts.for_each(self._sample, rows))
+        return scored_groups_to_table(list(self._threads.map(self._sample, rows["row"].to_pylist())))
 
     def _sample(self, row: int) -> ScoredGroup:
         for replacement in range(self._max_replacements + 1):
-            group = self._rollouts.roll_out(row, replacement)
+            [group] = self._rollouts.roll_out([row], replacement)
             with self._scoring:
                 scored = self._scorer.score(group)
-            if not zero_spread([math.nan if reward.error else reward.total for reward in scored.rewards]):
+            if not zero_spread(scored.totals):
                 break
         return scored
 
@@ -235,12 +281,13 @@ def segment_dataset(
         ),
     }
     starts = range(0, num_tickets, groups_per_block)
-    tickets = ray.data.from_arrow([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
-    claims = (controller, ray.get(controller.new_stream.remote(name)), calls * groups_per_block)
+    # from_blocks: from_arrow would run a task for each block, for its schema.
+    tickets = ray.data.from_blocks([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
+    stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
-        arguments = (*claims, reward, import_paths, max_replacements)
+        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements)
         return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
-    return tickets.map_batches(RolloutStage, fn_constructor_args=claims, **waiting).map_batches(
+    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream), **waiting).map_batches(
         RewardStage,
         fn_constructor_args=(reward, import_paths),
         batch_size=None,
@@ -267,6 +314,7 @@ def _configure_ray_data() -> None:
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None  # a thread for each block
     if AdaptivePoll not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(AdaptivePoll)
 

@@ -188,6 +188,18 @@ def test_check_lists_what_a_preset_set(invoke):
     assert "preset dapo: algorithm.clip_high = 0.3 (the preset's 0.28 is overridden)" in result.output
 
 
+def test_train_says_what_a_preset_set_before_it_starts(invoke, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no Ray in this test")
+
+    monkeypatch.setattr("raygrpo.train.train", refuse)
+    result = invoke("algorithm=gspo", "algorithm.clip_low=0.001", command="train")
+    assert "preset gspo: algorithm.ratio = sequence_mean" in result.output
+    assert "preset gspo: algorithm.clip_low = 0.001 (the preset's 0.0003 is overridden)" in result.output
+    assert "no Ray in this test" in result.output
+    assert "preset" not in invoke(command="train").output
+
+
 def test_more_gpus_than_there_are_is_a_problem(invoke, monkeypatch):
     monkeypatch.setattr("raygrpo.check.available_gpus", lambda: 1)
     result = invoke("learner.num_gpus=1", "generator.num_gpus=0.5")

@@ -2,7 +2,8 @@
 
 Shapes: R rollouts and S completion tokens of one batch, flat and without padding. `rollout_index` [S] says which
 rollout a token belongs to (0 .. R-1), `group_index` [R] which group a rollout belongs to (any integers). `settings`
-is always `AlgorithmConfig`.
+is always `AlgorithmConfig`: AlgorithmConfig() for the defaults, AlgorithmConfig(preset="dapo", clip_high=0.3), sections
+as mappings or objects (`raygrpo.algorithm_config`).
 
 What a learner does in a step, in this order:
 
@@ -33,6 +34,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from raygrpo.algorithm_config import AlgorithmConfig
+
 if TYPE_CHECKING:
     from raygrpo.algorithm.advantages import compute_advantages, reward_metrics
     from raygrpo.algorithm.importance import correction_weights
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from raygrpo.algorithm.sampling import zero_spread
 
 __all__ = [
+    "AlgorithmConfig",
     "Totals",
     "adapt_kl_coef",
     "batch_totals",

@@ -36,11 +36,10 @@ def compute_advantages(
     or infinite takes no part in any mean or deviation and gets 0. Computed in float64, returned in rewards' dtype
     (float32 for integers and half precisions).
     """
+    _check_shapes(rewards, group_index, reward_weights, num_tokens)
     dtype = rewards.dtype if rewards.dtype in (torch.float32, torch.float64) else torch.float32
     config = settings.advantage
     values = rewards.double() if rewards.ndim == 2 else rewards.double()[:, None]  # [R, K]
-    if values.shape[0] != group_index.shape[0]:
-        raise ValueError(f"{values.shape[0]} rewards but {group_index.shape[0]} group indices")
     weights = values.new_ones(values.shape[1]) if reward_weights is None else reward_weights.to(values)
     valid = values.isfinite().all(dim=1)
     values = values[valid]
@@ -59,6 +58,25 @@ def compute_advantages(
         if config.baseline != "none":
             advantages = advantages.masked_fill(_constant(values, index).all(dim=1), 0.0)
     return advantages.new_zeros(len(rewards)).masked_scatter(valid, advantages).to(dtype)
+
+
+def _check_shapes(
+    rewards: Tensor, group_index: Tensor, reward_weights: Tensor | None, num_tokens: Tensor | None
+) -> None:
+    if rewards.ndim not in (1, 2):
+        raise ValueError(f"rewards are [R] or [R, K] for K reward functions; got {list(rewards.shape)}")
+    if group_index.ndim != 1 or group_index.is_floating_point():
+        raise ValueError(
+            f"group_index is [R], integers; got {list(group_index.shape)}, {group_index.dtype}: for rewards in rows of "
+            "one group each, flatten them and repeat each row's number"
+        )
+    num_rollouts, num_functions = len(rewards), rewards.shape[1] if rewards.ndim == 2 else 1
+    if len(group_index) != num_rollouts:
+        raise ValueError(f"{num_rollouts} rewards but {len(group_index)} group indices")
+    if reward_weights is not None and reward_weights.shape != (num_functions,):
+        raise ValueError(f"{num_functions} reward functions but reward_weights is {list(reward_weights.shape)}")
+    if num_tokens is not None and num_tokens.shape != (num_rollouts,):
+        raise ValueError(f"{num_rollouts} rewards but num_tokens is {list(num_tokens.shape)}")
 
 
 def _relative_to_baseline(values: Tensor, index: Tensor, config: AdvantageConfig) -> Tensor:

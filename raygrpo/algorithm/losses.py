@@ -48,7 +48,8 @@ def policy_loss(
     """This micro-batch's share of the update's loss (scalar), and of its metrics (see metrics.py for how they add up).
 
     logprobs, old_logprobs, loss_mask, rollout_index, behaviour_logprobs, ref_logprobs, entropy: [S]; advantages: [R].
-    The batch holds whole rollouts. What stands where loss_mask is false is never looked at: it may be NaN.
+    The batch holds whole rollouts. What stands where loss_mask is false is never looked at: it may be NaN. A NaN that
+    counts makes the loss NaN, never less. Raises ValueError where shapes do not fit.
     old_logprobs: the learner's snapshot before the step's first update; None: logprobs.detach().
     behaviour_logprobs: the sampler's, for the importance weight and the mismatch metrics. totals: of the update;
     None: this batch is all of it. kl_coef: the steered coefficient; None: settings.kl.coef.
@@ -62,10 +63,23 @@ def policy_loss(
       loss      w * (the above) + kl.coef * KL estimate - entropy_coef * entropy, summed as settings.aggregation says
     Arithmetic is float32 at least; a log ratio beyond +-20 counts as +-20, without gradient.
     """
+    _check_shapes(
+        advantages,
+        rollout_index,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        loss_mask=loss_mask,
+        behaviour_logprobs=behaviour_logprobs,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+    )
     num_rollouts = advantages.shape[0]
-    totals = totals or batch_totals(loss_mask, rollout_index, num_rollouts)
     counted = loss_mask.nonzero()[:, 0]  # from here on S is the number of tokens that count
     index = rollout_index[counted]
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < num_rollouts:
+        found = f"{int(index.min())} to {int(index.max())}"
+        raise ValueError(f"rollout_index goes from {found}, but there are {num_rollouts} advantages")
+    totals = totals or batch_totals(loss_mask, rollout_index, num_rollouts)
     logprobs = _select(logprobs, counted)
     old = logprobs.detach() if old_logprobs is None else _select(old_logprobs, counted).detach()
     advantage = advantages.to(logprobs)[index]
@@ -103,6 +117,17 @@ def policy_loss(
     reduced = {name: value.detach().to(logprobs).sum() / tokens for name, value in metrics.items()}
     reduced |= {"policy/loss": loss.detach(), "policy/surrogate": surrogate.detach(), "policy/ratio_max": _max(ratio)}
     return loss, reduced | mismatch
+
+
+def _check_shapes(advantages: Tensor, rollout_index: Tensor, **per_token: Tensor | None) -> None:
+    if advantages.ndim != 1:
+        raise ValueError(f"advantages are [R], one for each rollout; got {list(advantages.shape)}")
+    if rollout_index.ndim != 1 or rollout_index.is_floating_point():
+        shape = list(rollout_index.shape)
+        raise ValueError(f"rollout_index is [S], integers, without padding; got {shape}, {rollout_index.dtype}")
+    for name, values in per_token.items():
+        if values is not None and values.shape != rollout_index.shape:
+            raise ValueError(f"{name} is {list(values.shape)} but rollout_index {list(rollout_index.shape)}")
 
 
 def _select(values: Tensor, counted: Tensor) -> Tensor:

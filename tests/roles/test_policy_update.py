@@ -13,6 +13,8 @@ import torch
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
+from raygrpo.config import AlgorithmConfig
+from raygrpo.roles.learner import build_policy
 from raygrpo.types import Reward, RunStopped
 from tests.roles.update_cases import (
     CASES,
@@ -258,6 +260,57 @@ def test_a_steered_coefficient_moves_with_the_kl_and_is_reported(model_dir, step
     metrics = run_updates(0, 1, config, steps_of("plain"))["metrics"]
     # KL 0 in the first step: error -1 is clipped to -0.2, and 44 rollouts of a horizon of 44 apply it whole.
     assert [m["policy/kl_coef"] for m in metrics] == pytest.approx([0.4, 0.4 * 0.8])
+
+
+def test_the_steered_coefficient_is_the_one_that_trains(model_dir, steps_of):
+    """A second step with the coefficient moved equals one that was configured so."""
+    config = case_config(model_dir, "kl_in_loss")
+
+    def run(**kl: float) -> dict[str, Any]:
+        settings = config.algorithm.kl.model_copy(update=kl)
+        algorithm = config.algorithm.model_copy(update={"kl": settings})
+        return run_updates(0, 1, config.model_copy(update={"algorithm": algorithm}), steps_of("plain"))
+
+    # The first step's KL is 0 whatever the coefficient (the policy is the reference), and its error is clipped to -0.2.
+    steered = run(target=1e-4, horizon=44)["weights"]
+    assert largest_difference(steered, run(coef=0.4 * 0.8)["weights"]) < 1e-6
+    assert largest_difference(steered, run(coef=0.4)["weights"]) > 1e-5
+
+
+# What a step costs.
+
+
+def passes_of(config, groups) -> tuple[int, int, int]:
+    """Passes of one step (the second: the first also checks itself): with gradient, without, and of the reference."""
+    _, engine, updater, _ = build_policy(config)
+    updater.update(groups, 0)
+    trained, scored, referred = [], [], []
+    decoder = engine.module.module.get_decoder()
+    decoder.register_forward_hook(lambda *_: (trained if torch.is_grad_enabled() else scored).append(1))
+    if updater._reference is not None:
+        updater._reference.get_decoder().register_forward_hook(lambda *_: referred.append(1))
+    updater.update(groups, 1)
+    return len(trained), len(scored), len(referred)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scored", "referred"),
+    [
+        ({}, 0, 0),  # the only update is its own snapshot
+        ({"epochs": 3}, 1, 0),  # once, not for each epoch
+        ({"mini_batches": 2}, 1, 0),
+        ({"epochs": 2, "mini_batches": 2}, 1, 0),
+        ({"kl": {"coef": 0.1}}, 0, 1),
+        ({"kl": {"coef": 0.1}, "epochs": 2}, 1, 1),
+        ({"kl": {"coef": 0.1, "placement": "reward"}}, 1, 1),  # the estimate needs the learner's own log-probabilities
+    ],
+    ids=str,
+)
+def test_with_one_update_no_extra_pass_is_made(algorithm, scored, referred, model_dir, steps_of):
+    base = case_config(model_dir, "nothing_skipped")
+    config = base.model_copy(update={"algorithm": AlgorithmConfig(**algorithm)})
+    updates = config.algorithm.updates_per_step
+    assert passes_of(config, steps_of("plain")[0]) == (updates, scored, referred)  # a pass holds all the groups
 
 
 # What stops a run.
