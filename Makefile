@@ -2,6 +2,7 @@
 #   make quickstart        train the quickstart to the end (ARGS="seed=1 max_staleness=1" changes settings)
 #   make smollm2           fetch a real 135M model and train it
 #   make test              the test suite      make test-slow: what takes longer
+#   make chaos             trainings in which processes are killed at random (ARGS="--runs 20 --seed 1")
 # PIP_ARGS goes to pip: see "Install" in README.md for machines whose index serves torch for CUDA only.
 
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install quickstart smollm2 test test-slow lint
+.PHONY: install quickstart smollm2 test test-slow chaos lint
 
 install: .venv/installed
 
@@ -41,6 +42,9 @@ test: install .venv/peers
 
 test-slow: install .venv/peers
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+chaos: install
+	$(BIN)/python -m tests.chaos runs/chaos-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines && $(BIN)/pyright

@@ -84,11 +84,11 @@ def train(
         watcher.on_phase("starting generators and learners")
         tracker = launch_tracker(config, run_dir, resume_command)
         generators = launch_generators(prepared, run_dir.name)
-        prompts = ray.put(prepared.prompts)  # kept here: a controller that is started again reads them again
-        controller = launch_controller(prepared, prompts, generators, run_dir)
+        controller = launch_controller(prepared, generators, run_dir)
+        prompts = ray.put(prepared.prompts)
         status = "FAILED"
         try:
-            with _follow(tracker, controller, watcher):
+            with _follow(tracker, controller, prompts, watcher):
                 run_gang(prepared, controller, tracker, run_dir)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -227,9 +227,7 @@ class GeneratorLauncher:
         )
 
 
-def launch_controller(
-    prepared: PreparedRun, prompts: ray.ObjectRef, generators: dict[str, ActorHandle], run_dir: Path
-) -> ActorHandle:
+def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle], run_dir: Path) -> ActorHandle:
     import ray
 
     from raygrpo.roles.controller import RolloutController
@@ -239,7 +237,7 @@ def launch_controller(
         name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
     )
     return actor.remote(
-        [prompts],
+        None,
         generators,
         seed=config.seed,
         groups_per_step=config.groups_per_step,
@@ -323,8 +321,8 @@ def root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _follow(tracker: ActorHandle, controller: ActorHandle, watcher: Watcher) -> Iterator[None]:
-    """Tell the watcher what happens, from a thread, while the body runs."""
+def _follow(tracker: ActorHandle, controller: ActorHandle, prompts: ray.ObjectRef, watcher: Watcher) -> Iterator[None]:
+    """Tell the watcher what happens, and the controller what the prompts are, from a thread, while the body runs."""
     import ray
 
     done = threading.Event()
@@ -333,14 +331,16 @@ def _follow(tracker: ActorHandle, controller: ActorHandle, watcher: Watcher) -> 
         next_step = 0
         num_warnings = {"controller": 0, "tracker": 0}
         training = False
-        last = False
+        last, period_s = False, 0.0
         while not last:
-            last = done.wait(POLL_S)  # one more look after the end
+            last, period_s = done.wait(period_s), POLL_S  # one more look after the end
             try:
                 status = ray.get(controller.status.remote(num_warnings["controller"]))
             except ray.exceptions.RayActorError:  # Ray starts it again, with no warnings yet
                 num_warnings["controller"] = 0
                 continue
+            if not status.has_prompts:
+                controller.set_prompts.remote(prompts)
             warnings = {
                 "controller": status.warnings,
                 "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),

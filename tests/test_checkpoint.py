@@ -121,7 +121,7 @@ def test_a_process_that_dies_at_any_point_of_a_commit_leaves_a_whole_newest_chec
         write(store, 10)
         count = 0
 
-        def dying(name):
+        def dying(name, fatal=fatal):
             def call(*args, **kwargs):
                 nonlocal count
                 if count == fatal:

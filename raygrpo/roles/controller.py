@@ -77,13 +77,14 @@ class ControllerStatus:
     version: int  # latest that was published; -1 before the first
     warnings: list[str]  # from the one asked for on
     stop_reason: str | None  # why the run must not go on
+    has_prompts: bool  # False: it was started again, and lost them
     num_evictions: int  # how often learners were told to leave, to be started again
 
 
 class RolloutController:
     def __init__(
         self,
-        prompts: PromptSet | list[ray.ObjectRef],
+        prompts: PromptSet | None,
         generators: dict[str, ActorHandle],
         *,
         seed: int,
@@ -95,9 +96,12 @@ class RolloutController:
         launch: Callable[[str], ActorHandle] | None = None,
         report_dir: str | None = None,
     ):
-        """prompts: or a list with one Ray reference to them. launch: makes a further generator of this name, for a pool
+        """prompts: None where `set_prompts` brings them. launch: makes a further generator of this name, for a pool
         that grows. report_dir: where the watchdog writes."""
-        self._prompts = _resolve(prompts)
+        self._prompts = prompts
+        self._has_prompts = asyncio.Event()
+        if prompts is not None:
+            self._has_prompts.set()
         self._seed = seed
         self._groups_per_step = groups_per_step
         self._group_size = group_size
@@ -118,6 +122,12 @@ class RolloutController:
         self._pool = GeneratorPool(generators, self._settings, self._changed, self._warn, launch)
         self._watchdog = Watchdog(watchdog or WatchdogConfig())
         self._background: list[asyncio.Task] = []
+
+    async def set_prompts(self, prompts: PromptSet) -> None:
+        """What tickets stand for. Not an argument of the constructor, which Ray repeats after this actor died: Ray does
+        not promise to keep large arguments until then."""
+        self._prompts = prompts
+        self._has_prompts.set()
 
     async def new_stream(self, name: str) -> int:
         """Register a dataset that was built under this name; its claims carry the number that this returns."""
@@ -163,8 +173,10 @@ class RolloutController:
         replacement k > 0: the ticket's k-th other prompt (dynamic sampling). Raises RuntimeError when no generator is
         left that could come back.
         """
+        await self._has_prompts.wait()
         if stream != self._active_stream:
             return _fenced(row)
+        assert self._prompts is not None
         ticket = self._first_ticket + row
         step = ticket // self._groups_per_step
         claim = Claim(
@@ -257,6 +269,7 @@ class RolloutController:
             version=self._version,
             warnings=self._warnings[first_warning:],
             stop_reason=self._stop_reason,
+            has_prompts=self._has_prompts.is_set(),
             num_evictions=self._num_evictions,
         )
 
@@ -343,14 +356,6 @@ class RolloutController:
             f"{health}, version {status.version}, {status.groups_running} groups running, {status.groups_waiting} "
             f"waiting, {status.num_groups} finished\n{stacks}"
         )
-
-
-def _resolve(prompts: PromptSet | list[ray.ObjectRef]) -> PromptSet:
-    if not isinstance(prompts, list):
-        return prompts
-    import ray
-
-    return ray.get(prompts[0])
 
 
 def _fenced(row: int) -> Claim:

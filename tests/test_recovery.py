@@ -1,0 +1,61 @@
+"""Runs that are resumed, killed and spread over processes end with the same weights, to the last bit.
+
+`make chaos` runs many more of these, with kinds and moments drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import DRIVER, NUM_STEPS, Fault, Outcome, check, record, train, write_task
+
+pytestmark = pytest.mark.timeout(1200)
+ALONE = ["--local", "deterministic=true", "learner.num_workers=1", "generator.num_actors=1"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_task(tmp_path_factory.mktemp("recovery"))
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> Outcome:
+    """All of it in one process."""
+    return train(config, "alone", (), *ALONE)
+
+
+def test_generators_and_processes_do_not_change_a_bit(config, alone):
+    spread = train(config, "spread", (), "deterministic=true", "learner.num_workers=1", "reward.num_workers=2")
+    check(spread, 0, alone)
+
+
+def test_steps_and_resumed_steps_are_the_steps_of_one_run(config, alone):
+    first = train(config, "halves", (), *ALONE, f"num_steps={NUM_STEPS // 2}")
+    assert sorted(first.steps) == list(range(NUM_STEPS // 2)) and first.digest != alone.digest
+    second = train(config, "halves", (), *ALONE, "--resume")
+    check(second, 0, alone)
+    run_dirs = [path for path in (config.parent / "runs").glob("halves-2*")]
+    assert len(run_dirs) == 1, "the same run, in the same directory"
+
+
+def test_a_killed_driver_loses_at_most_the_steps_since_the_checkpoint(config, alone):
+    outcome = train(config, "killed", [Fault(DRIVER, after_step=3, delay_s=0.0)], *ALONE)
+    assert outcome.killed == [DRIVER]
+    check(outcome, 0, alone)
+
+
+def test_killed_processes_do_not_change_a_bit(config):
+    """One of each role, in one run, between two learners."""
+    options = ["deterministic=true"]
+    reference = train(config, "undisturbed", (), *options)
+    faults = [
+        Fault("generator", after_step=0, delay_s=0.1),
+        Fault("reward functions", after_step=2, delay_s=0.0),
+        Fault("learner", after_step=4, delay_s=0.2),
+    ]
+    outcome = train(config, "disturbed", faults, *options)
+    assert outcome.killed == [fault.kind for fault in faults]
+    check(outcome, 0, reference)
+    assert record(config.parent / "runs" / "disturbed-latest")[NUM_STEPS - 1]["run/attempt"] == 2, "the gang restarted"
+    assert sum(metrics["faults/generator_failures"] for metrics in reference.steps.values()) == 0
