@@ -8,6 +8,7 @@ its prompt), the same for all methods, so that methods compare; MFU counts the o
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -30,7 +31,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 _LARGEST_GROUP = 256
 
 
-def run(*, quick: bool = False, progress: bool = False, device: str = "cuda", shapes: dict | None = None) -> list[dict]:
+def run(*, quick: bool = False, device: str = "cuda", shapes: dict | None = None) -> list[dict]:
     """One row per shape, lengths and method, as plain data."""
     rows = []
     for name, shape in list((shapes or SHAPES).items())[: 1 if quick else None]:
@@ -39,10 +40,9 @@ def run(*, quick: bool = False, progress: bool = False, device: str = "cuda", sh
             for method in ("shared", "packed"):
                 row = {"model": name, "prompt": prompt, "completion": completion, "group_size": group_size}
                 rows.append(row | {"method": method} | _measure(model, method, prompt, completion, group_size))
+                print(rows[-1], file=sys.stderr, flush=True)
         del model
         _free()
-    if progress:
-        print("\n" + _table(rows))
     return rows
 
 
@@ -133,7 +133,7 @@ def _peak_flops(device: torch.device) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
-def _table(rows: Sequence[dict]) -> str:
+def ladder_table(rows: Sequence[dict]) -> str:
     header = ["model", "Lp", "Lr", "G", "method", "tokens/s", "peak GB", "MFU", "largest G"]
     cells = []
     for row in rows:

@@ -3,10 +3,12 @@
 A tiny Qwen3 (hidden 256, 4 layers, vocabulary 4096) on one thread, in CPU time. All methods see the same tokens; every
 step has new tokens and new ragged lengths (half to one and a half of the mean); methods are interleaved step by step in
 one process, so that whatever else the machine does hits all alike; ratios are taken within a step, then the median.
+A point takes five steps, or as many as fit 20 CPU seconds: long steps scatter less.
 
     U = (t_packed / t_shared) / (FLOP_packed / FLOP_shared)
 
-is how much of the speed-up that cost.py allows is reached: 1 where the code is as efficient as packed sequences are.
+is how much of the speed-up that cost.py allows is reached: 1 where the code is as efficient as packed sequences are. It
+can exceed 1, because cost.py counts every row in every layer, and the last layer (last_layer.py) runs fewer.
 On a machine with CUDA, gpu_ladder.py adds real model shapes.
 """
 
@@ -17,9 +19,11 @@ import gc
 import importlib.util
 import json as json_format
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -35,6 +39,7 @@ from raygrpo.shared_prefix.layout import Group
 
 VOCABULARY = 4096
 STREAM_TOKENS = 2048  # a step holds as many groups as a stream of that size does, as a learner's would
+MAX_STEPS, POINT_SECONDS = 5, 20.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Measurement:
 
     point: Point
     num_groups: int
+    num_steps: int
     limit: float
     utilisation: float
     speedup: dict[str, float]
@@ -67,40 +73,69 @@ class Measurement:
 GRID = [Point(p, p // ratio, g) for p in (256, 1024, 2048) for ratio in (1, 4, 16) for g in (4, 8, 16)]
 QUICK = [Point(256, 256, 4), Point(256, 64, 4), Point(256, 16, 8), Point(512, 32, 8)]
 SWEEP = [Point(1024, 64, g) for g in (1, 2, 4, 8, 16, 32)]
+NO_GAIN = [Point(1024, 256, 1), Point(64, 64, 1), Point(1, 32, 8), Point(1, 256, 8), Point(4, 256, 8), Point(8, 8, 2)]
 MARK = Point(1024, 64, 16)  # where saved bytes are compared
 
 
-def main(json: bool = False, quick: bool = False) -> None:
-    """Print the tables, or one JSON document. quick: four points, in about a minute."""
-    results = run(quick=quick, progress=not json)
-    if json:
-        print(json_format.dumps(results, indent=1))
+def main(json: bool = False, quick: bool = False, resume: Path | None = None) -> None:
+    """Print the tables, or one JSON document; progress goes to stderr.
+
+    quick: four points, in about a minute. resume: a file that keeps every finished point; those in it are not measured
+    again.
+    """
+    results = run(quick=quick, resume=resume)
+    print(json_format.dumps(results, indent=1) if json else _report(results))
 
 
-def run(*, quick: bool = False, progress: bool = False) -> dict:
-    """All measurements as plain data; with progress, tables are printed as they grow."""
-    methods = [name for name in METHODS if name != "prefix-grouper" or importlib.util.find_spec("prefix_grouper")]
+def run(*, quick: bool = False, resume: Path | None = None) -> dict:
+    """All measurements as plain data."""
+    everything = [name for name in METHODS if name != "prefix-grouper" or importlib.util.find_spec("prefix_grouper")]
+    ours = ["shared", "packed"]
+    # What one group costs, with --quick and as it grows, shows with one group in a stream.
+    jobs = [("grid", point, everything, 1 if quick else STREAM_TOKENS) for point in (QUICK if quick else GRID)]
+    if not quick:
+        jobs += [("no_gain", point, ours, STREAM_TOKENS) for point in NO_GAIN]
+        jobs += [("sweep", point, ours, 1) for point in SWEEP]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = tiny_qwen3()
-        points, steps, stream_tokens = (QUICK, 3, 1) if quick else (GRID, 5, STREAM_TOKENS)
-        grid = [measure(model, point, methods, steps=steps, stream_tokens=stream_tokens) for point in points]
-        if progress:
-            print(_grid_table(grid), "\n", _marks(grid), sep="\n")
-        sweep = [] if quick else [measure(model, p, ["shared", "packed"], steps=5, stream_tokens=1) for p in SWEEP]
-        if progress and sweep:
-            print("\nCost of one group as it grows\n\n" + _sweep_table(sweep))
+        results = _measure_all(jobs, resume)
     finally:
         torch.set_num_threads(threads)
-    ladder = []
+    results["ladder"] = []
     if torch.cuda.is_available():
         from raygrpo.bench import gpu_ladder
 
-        ladder = gpu_ladder.run(quick=quick, progress=progress)
-    elif progress:
-        print("\nNo CUDA device: the ladder of real model shapes did not run.")
-    return {"grid": [asdict(m) for m in grid], "sweep": [asdict(m) for m in sweep], "ladder": ladder}
+        results["ladder"] = gpu_ladder.run(quick=quick)
+    return results
+
+
+def _measure_all(jobs: Sequence[tuple[str, Point, Sequence[str], int]], resume: Path | None) -> dict:
+    """Measurements by section, the cheapest first."""
+    done: dict[tuple, dict] = {}
+    if resume is not None and resume.exists():
+        for line in resume.read_text().splitlines():
+            row = json_format.loads(line)
+            done[row["section"], Point(**row["measurement"]["point"])] = row["measurement"]
+    model = tiny_qwen3()
+    by_cost = sorted(range(len(jobs)), key=lambda i: jobs[i][1].group_size * sum(asdict(jobs[i][1]).values()))
+    for number, index in enumerate(by_cost, start=1):
+        section, point, methods, stream_tokens = jobs[index]
+        if (section, point) in done:
+            continue
+        started = time.monotonic()
+        measured = measure(model, point, methods, stream_tokens=stream_tokens)
+        done[section, point] = asdict(measured)
+        if resume is not None:
+            with resume.open("a") as file:
+                file.write(json_format.dumps({"section": section, "measurement": asdict(measured)}) + "\n")
+        against = ", ".join(f"{measured.speedup[name]:.2f} x {name}" for name in methods[1:])
+        seconds = time.monotonic() - started
+        print(f"[{number}/{len(jobs)}] {point}: {against} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    return {
+        name: [done[name, point] for section, point, *_ in jobs if section == name]
+        for name in ("grid", "no_gain", "sweep")
+    }
 
 
 def tiny_qwen3() -> PreTrainedModel:
@@ -115,31 +150,40 @@ def tiny_qwen3() -> PreTrainedModel:
 
 
 def measure(
-    model: PreTrainedModel, point: Point, methods: Sequence[str], *, steps: int, stream_tokens: int
+    model: PreTrainedModel, point: Point, methods: Sequence[str], *, stream_tokens: int, max_steps: int = MAX_STEPS
 ) -> Measurement:
-    """`steps` timed steps of every method, after one that warms up, compares results and measures memory.
+    """Timed steps of every method, after one that warms up, compares results and measures memory.
 
-    The padded method is timed in the first step only: it is the slowest, and no mark depends on it.
+    Where a step is long, so that counting memory does not show in its time, the first is a timed one too. The padded
+    method is timed once: it is the slowest, and no mark depends on it.
     """
     generator = torch.Generator().manual_seed(hash(point) % 2**31)
     num_groups = max(1, stream_tokens // (point.prompt + point.group_size * point.completion))
     shape = ModelShape.from_config(model.config)
-    steps_groups = [_draw(point, num_groups, generator) for _ in range(steps + 1)]
-    first = {name: _examine(model, name, steps_groups[0]) for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     limits = []
-    for step, groups in enumerate(steps_groups[1:]):
-        limits.append(speedup_limit(shape, [(len(prompt), [len(m) for m in members]) for prompt, members in groups]))
-        for name in methods:
-            if name != "padded" or step == 0:
+
+    groups = _draw(point, num_groups, generator)
+    first = {name: _examine(model, name, groups) for name in methods}
+    step_seconds = sum(first[name].seconds for name in methods if name != "padded")
+    if step_seconds > POINT_SECONDS / 2:
+        limits.append(_limit(shape, groups))
+        seconds = {name: [examined.seconds] for name, examined in first.items()}
+    for step in range(min(max_steps, max(1, int(POINT_SECONDS / step_seconds)))):
+        groups = _draw(point, num_groups, generator)
+        limits.append(_limit(shape, groups))
+        for name in methods[:: -1 if step % 2 else 1]:  # to and fro, so that a drift hits all alike
+            if name != "padded" or not seconds[name]:
                 seconds[name].append(_time(model, name, groups))
 
     def over(name: str) -> list[float]:
         return [other / ours for other, ours in zip(seconds[name], seconds["shared"], strict=False)]
 
+    logprobs, gradients = first["packed"].logprobs, first["packed"].gradients
     return Measurement(
         point=point,
         num_groups=num_groups,
+        num_steps=len(limits),
         limit=median(limits),
         utilisation=median(ratio / limit for ratio, limit in zip(over("packed"), limits, strict=True)),
         speedup={name: median(over(name)) for name in methods},
@@ -147,13 +191,16 @@ def measure(
         saved={name: examined.saved for name, examined in first.items()},
         peak={name: examined.peak for name, examined in first.items()},
         logprob_difference={
-            name: (examined.logprobs - first["packed"].logprobs).abs().max().item() for name, examined in first.items()
+            name: (examined.logprobs - logprobs).abs().max().item() for name, examined in first.items()
         },
         gradient_difference={
-            name: _gradient_difference(examined.gradients, first["packed"].gradients)
-            for name, examined in first.items()
+            name: _gradient_difference(examined.gradients, gradients) for name, examined in first.items()
         },
     )
+
+
+def _limit(shape: ModelShape, groups: Sequence[Group]) -> float:
+    return speedup_limit(shape, [(len(prompt), [len(member) for member in members]) for prompt, members in groups])
 
 
 def _draw(point: Point, num_groups: int, generator: torch.Generator) -> list[Group]:
@@ -174,6 +221,7 @@ class _Examined:
     gradients: dict[str, Tensor]
     saved: int
     peak: int
+    seconds: float
 
 
 def _examine(model: PreTrainedModel, name: str, groups: Sequence[Group]) -> _Examined:
@@ -181,11 +229,13 @@ def _examine(model: PreTrainedModel, name: str, groups: Sequence[Group]) -> _Exa
     forward = METHODS[name].prepare(model, groups)
     model.zero_grad(set_to_none=True)
     gc.collect()
+    start = time.process_time()
     with PeakMemory() as memory:
         logprobs, saved = saved_bytes(forward, model.parameters())
         (-logprobs.mean()).backward()
-    gradients = {key: p.grad for key, p in model.named_parameters()}
-    return _Examined(logprobs.detach(), gradients, saved, memory.peak)
+    seconds = time.process_time() - start
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return _Examined(logprobs.detach(), gradients, saved, memory.peak, seconds)
 
 
 def _time(model: PreTrainedModel, name: str, groups: Sequence[Group]) -> float:
@@ -202,14 +252,34 @@ def _gradient_difference(actual: dict[str, Tensor], expected: dict[str, Tensor])
     return max(((actual[key] - g).abs().max() / g.abs().max()).item() for key, g in expected.items())
 
 
+def _report(results: dict) -> str:
+    """All tables, and the marks."""
+    grid, no_gain, sweep = (
+        [Measurement(**{**row, "point": Point(**row["point"])}) for row in results[name]]
+        for name in ("grid", "no_gain", "sweep")
+    )
+    parts = [_grid_table(grid), _marks(grid)]
+    if no_gain:
+        parts += ["Where sharing cannot pay", _no_gain_table(no_gain)]
+    if sweep:
+        parts += ["Cost of one group as it grows", _sweep_table(sweep)]
+    if results["ladder"]:
+        from raygrpo.bench.gpu_ladder import ladder_table
+
+        parts += ["Real model shapes", ladder_table(results["ladder"])]
+    else:
+        parts.append("No CUDA device: the ladder of real model shapes did not run.")
+    return "\n\n".join(parts)
+
+
 def _grid_table(grid: Sequence[Measurement]) -> str:
     others = [name for name in grid[0].seconds if name != "shared"]
-    header = ["Lp", "Lr", "G", "groups", "limit", *(f"x {name}" for name in others), "U"]
+    header = ["Lp", "Lr", "G", "groups", "steps", "limit", *(f"x {name}" for name in others), "U"]
     header += ["saved MB", *(f"saved {name}" for name in others), "peak MB", *(f"peak {name}" for name in others)]
     header += ["d logprob", "d gradient"]
     rows = []
     for m in grid:
-        row = [m.point.prompt, m.point.completion, m.point.group_size, m.num_groups]
+        row = [m.point.prompt, m.point.completion, m.point.group_size, m.num_groups, m.num_steps]
         cells = [str(cell) for cell in row] + [f"{m.limit:.2f}"]
         cells += [f"{m.speedup[name]:.2f}" for name in others] + [f"{m.utilisation:.3f}"]
         for sizes in (m.saved, m.peak):
@@ -236,6 +306,14 @@ def _marks(grid: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def _no_gain_table(points: Sequence[Measurement]) -> str:
+    rows = []
+    for m in points:
+        cells = [m.point.prompt, m.point.completion, m.point.group_size, m.num_groups, m.num_steps]
+        rows.append([*map(str, cells), f"{m.speedup['packed']:.3f}", f"{m.limit:.3f}"])
+    return table(["Lp", "Lr", "G", "groups", "steps", "x packed", "limit"], rows)
+
+
 def _sweep_table(sweep: Sequence[Measurement]) -> str:
     one = sweep[0].seconds["shared"] / sweep[0].num_groups
     rows = []
@@ -247,7 +325,8 @@ def _sweep_table(sweep: Sequence[Measurement]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quick", action="store_true", help="four points, in about a minute")
+    parser.add_argument("--resume", type=Path, help="file that keeps finished points; those in it are not repeated")
     main(**vars(parser.parse_args()))

@@ -17,10 +17,10 @@ Shapes: T tokens in the stream, C completions in the caller's order, S completio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -71,33 +71,65 @@ class AttentionCall:
 class AttentionPlan:
     """Who attends to whom in one stream, the same for every layer.
 
-    own: each segment sees itself, causally. above: one call per pair of levels, a level and one above it; every query
-    sees its whole block of keys.
-    parents: for each segment, in stream order, the segment above it. num_external: keys that precede the stream.
+    own: each segment sees itself, causally; the queries are its last rows, all of them but in the last layer. above:
+    one call per pair of levels, a level and one above it; every query sees its whole block of keys.
+    parents: for each segment, in stream order, the segment above it.
+    read_lens: how many of a segment's last rows are read behind the last layer: one of a prompt, all of a completion.
+    num_external: keys that precede the stream.
     """
 
     own: AttentionCall
     above: tuple[AttentionCall, ...]
     parents: tuple[int | None, ...]
+    read_lens: tuple[int, ...]
     num_external: int = 0
     cache: dict = field(default_factory=dict, repr=False, compare=False)  # what kernels derive from the plan
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """First row of every segment."""
-        return tuple(accumulate(self.own.q_lens, initial=0))[:-1]
+        return tuple(accumulate(self.own.k_lens, initial=0))[:-1]
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Position of every segment's first token in its own sequence: the number of tokens above it."""
         offsets: list[int] = []
         for parent in self.parents:
-            offsets.append(self.num_external if parent is None else offsets[parent] + self.own.q_lens[parent])
+            offsets.append(self.num_external if parent is None else offsets[parent] + self.own.k_lens[parent])
         return tuple(offsets)
 
     @cached_property
+    def num_rows(self) -> int:
+        """T."""
+        return sum(self.own.k_lens)
+
+    @cached_property
     def max_position(self) -> int:
-        return max(offset + length for offset, length in zip(self.offsets, self.own.q_lens, strict=True)) - 1
+        return max(offset + length for offset, length in zip(self.offsets, self.own.k_lens, strict=True)) - 1
+
+    @cached_property
+    def query_rows(self) -> Tensor:
+        """The rows that are queries, ascending: the last q_len of every segment."""
+        ends = zip(self.starts, self.own.k_lens, self.own.q_lens, strict=True)
+        return torch.cat([torch.arange(start + k_len - q_len, start + k_len) for start, k_len, q_len in ends])
+
+    @cached_property
+    def other_rows(self) -> Tensor:
+        """The rows that are keys only, ascending."""
+        is_query = torch.zeros(self.num_rows, dtype=torch.bool).index_fill_(0, self.query_rows, True)
+        return (~is_query).nonzero()[:, 0]
+
+    @cached_property
+    def last_layer(self) -> AttentionPlan:
+        """The same stream with only those queries that are read behind the last layer."""
+        ends = accumulate(self.own.q_lens, initial=0)
+        place = dict(zip(ends, accumulate(self.read_lens, initial=0), strict=True))  # of a segment's end among queries
+
+        def narrowed(call: AttentionCall) -> AttentionCall:
+            bounds = [place[row] for row in accumulate(call.q_lens, initial=call.q_start)]
+            return replace(call, q_start=bounds[0], q_lens=tuple(b - a for a, b in pairwise(bounds)), _on_device={})
+
+        return replace(self, own=narrowed(self.own), above=tuple(map(narrowed, self.above)), cache={})
 
     def key_rows(self, segment: int) -> Tensor:
         """Rows of all keys that a segment's last token sees, by position; the external keys are the first rows."""
@@ -105,7 +137,7 @@ class AttentionPlan:
         above: int | None = segment
         while above is not None:
             first = self.num_external + self.starts[above]
-            pieces.append(torch.arange(first, first + self.own.q_lens[above]))
+            pieces.append(torch.arange(first, first + self.own.k_lens[above]))
             above = self.parents[above]
         return torch.cat([torch.arange(self.num_external), *reversed(pieces)])
 
@@ -118,9 +150,9 @@ class AttentionPlan:
         if window not in self.cache:
             block = max(window, _MIN_WINDOW_BLOCK)
             q_lens, k_lens, key_rows = [], [], []
-            for segment, offset in enumerate(self.offsets):
+            for segment, queries in enumerate(self.own.q_lens):
                 rows = self.key_rows(segment)  # one for each position
-                for first in range(offset, len(rows), block):
+                for first in range(len(rows) - queries, len(rows), block):
                     seen = rows[max(0, first - window + 1) : first + block]
                     q_lens.append(min(block, len(rows) - first))
                     k_lens.append(len(seen))
@@ -216,23 +248,24 @@ class SharedPrefixBatch:
         nodes, places = compress(segments)
         levels = level_order(nodes)
         order = [node for level in levels for node in level]
-        plan = _attention_plan(nodes, levels, len(external_ids))
+        scored = {places[segment][0] for segment, skipped in completions if len(segments[segment].ids) > skipped}
+        plan = _attention_plan(nodes, levels, scored, len(external_ids))
         rank = {node: index for index, node in enumerate(order)}
 
         input_ids = [token for node in order for token in nodes[node].ids]
-        position_ids = torch.cat([torch.arange(o, o + n) for o, n in zip(plan.offsets, plan.own.q_lens, strict=True)])
+        position_ids = torch.cat([torch.arange(o, o + n) for o, n in zip(plan.offsets, plan.own.k_lens, strict=True)])
         token_rows, targets, lengths, spans = [], [], [], []
         for segment, skipped in completions:
-            scored = segments[segment].ids[skipped:]
-            lengths.append(len(scored))
-            if not scored:
+            targeted = segments[segment].ids[skipped:]
+            lengths.append(len(targeted))
+            if not targeted:
                 spans.append(None)
                 continue
             node, offset = places[segment]
             first = plan.starts[rank[node]] + offset + skipped
             token_rows.append(_row_before(plan, rank[node], offset + skipped))
-            token_rows.extend(range(first, first + len(scored) - 1))
-            targets.extend(scored)
+            token_rows.extend(range(first, first + len(targeted) - 1))
+            targets.extend(targeted)
             spans.append((rank[node], offset + skipped))
         return cls(
             input_ids=torch.tensor(input_ids, dtype=torch.long),
@@ -297,16 +330,20 @@ def _row_before(plan: AttentionPlan, segment: int, offset: int) -> int:
     if offset:
         return plan.starts[segment] + offset - 1
     parent = plan.parents[segment]
-    return -1 if parent is None else plan.starts[parent] + plan.own.q_lens[parent] - 1
+    return -1 if parent is None else plan.starts[parent] + plan.own.k_lens[parent] - 1
 
 
-def _attention_plan(nodes: list[Segment], levels: list[list[int]], num_external: int) -> AttentionPlan:
+def _attention_plan(
+    nodes: list[Segment], levels: list[list[int]], scored: Collection[int], num_external: int
+) -> AttentionPlan:
+    """scored: the nodes that hold tokens of completions."""
     order = [node for level in levels for node in level]
     lens = {node: len(nodes[node].ids) for node in order}
     rank = {node: index for index, node in enumerate(order)}
     starts = dict(zip(order, accumulate((lens[node] for node in order), initial=0), strict=False))
     total = sum(lens.values())
     own_lens = tuple(lens[node] for node in order)
+    parent_of = {index: node.parent for index, node in enumerate(nodes) if node.parent is not None}
 
     above: list[AttentionCall] = []
     if num_external:
@@ -314,7 +351,7 @@ def _attention_plan(nodes: list[Segment], levels: list[list[int]], num_external:
     for depth, level in enumerate(levels[1:], start=1):
         ancestors = level
         for higher in reversed(levels[:depth]):
-            ancestors = [nodes[node].parent for node in ancestors]
+            ancestors = [parent_of[node] for node in ancestors]
             queries = dict.fromkeys(higher, 0)
             for node, ancestor in zip(level, ancestors, strict=True):
                 queries[ancestor] += lens[node]
@@ -326,5 +363,6 @@ def _attention_plan(nodes: list[Segment], levels: list[list[int]], num_external:
                     starts[level[0]], tuple(queries[k] for k in keys), starts[keys[0]], tuple(lens[k] for k in keys)
                 )
             )
-    parents = tuple(None if nodes[node].parent is None else rank[nodes[node].parent] for node in order)
-    return AttentionPlan(AttentionCall(0, own_lens, 0, own_lens), tuple(above), parents, num_external)
+    parents = tuple(rank[parent_of[node]] if node in parent_of else None for node in order)
+    read_lens = tuple(lens[node] if node in scored else 1 for node in order)
+    return AttentionPlan(AttentionCall(0, own_lens, 0, own_lens), tuple(above), parents, read_lens, num_external)

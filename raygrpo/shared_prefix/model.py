@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from raygrpo.shared_prefix.backends import BackendChoice
 from raygrpo.shared_prefix.head import HeadRequest, token_logprobs
+from raygrpo.shared_prefix.last_layer import LastLayer, narrow_last_layer
 from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
 from raygrpo.shared_prefix.self_check import check_attention, check_logprobs
 from raygrpo.shared_prefix.supported import (
@@ -125,6 +126,7 @@ class _Pass:
         self.prefix = request.prefix
         # Keys and values by layer, where they are wanted.
         self.layers: dict[int, tuple[Tensor, Tensor]] | None = {} if request.encode_only else None
+        self.returned_rows: Tensor | None = None  # rows that the last layer returns, ascending, if not all
         self.num_calls = 0
         self.finished = False  # what a checkpoint recomputes afterwards is not counted
 
@@ -162,15 +164,16 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
     if model.training:
         check_modules(model.named_modules())
     run = _Pass(batch.plan, state, request)
+    decoder, expected = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    narrow_last_layer(decoder, expected)
     with _our_attention(model):
-        hidden = model.get_decoder()(
+        hidden = decoder(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             shared_prefix=run,
         ).last_hidden_state[0]
     run.finished = True
-    expected = model.config.get_text_config().num_hidden_layers
     if run.num_calls != expected:
         raise UnsupportedModelError(
             f"{type(model).__name__} has {expected} layers but made {run.num_calls} calls to transformers' attention "
@@ -180,9 +183,13 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
         layers = [run.layers[index] for index in range(expected)]
         return PrefixState(hidden[-1], *(tuple(tensors) for tensors in zip(*layers, strict=True)))
 
+    token_rows = batch.token_rows
     if request.prefix is not None:  # its last row predicts the first token of every completion
-        hidden = torch.cat([hidden, request.prefix.last_hidden[None]])  # row -1
-    rows, token_rows = (batch.token_rows % hidden.shape[0]).unique(return_inverse=True)
+        hidden = torch.cat([hidden, request.prefix.last_hidden[None]])
+        token_rows = torch.where(token_rows == -1, hidden.shape[0] - 1, token_rows)
+    elif run.returned_rows is not None:
+        token_rows = torch.searchsorted(run.returned_rows, token_rows)
+    rows, token_rows = token_rows.unique(return_inverse=True)
     head_request = HeadRequest(token_rows, batch.targets, request.temperature, request.entropy, logit_transform(model))
     logprobs, entropy = _head(model)(hidden[rows], shared_prefix=head_request)
     if state.unchecked:
@@ -246,7 +253,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prefix: _Pass | None = None,
+    shared_prefix: _Pass | LastLayer | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -255,11 +262,11 @@ def _attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """What transformers' AttentionInterface calls: query [1, Hq, T, D], key and value [1, Hk, T, D]."""
-    name, run = type(module).__name__, shared_prefix
-    if run is None or attention_mask is not None:
-        raise UnsupportedModelError(
-            f"{name} " + ("does not pass keyword arguments on to attention" if run is None else "makes its own masks")
-        )
+    name = type(module).__name__
+    if shared_prefix is None:
+        raise UnsupportedModelError(f"{name} does not pass keyword arguments on to attention")
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} makes its own masks")
     if query.shape[1] % key.shape[1]:
         raise UnsupportedModelError(
             f"{name} has {query.shape[1]} query heads for {key.shape[1]} key heads; they must be a multiple"
@@ -271,9 +278,16 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type):  # it casts what stock attention is given, which ours has to do itself
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
+    run, plan = shared_prefix, shared_prefix.plan
+    if isinstance(shared_prefix, LastLayer):
+        run = shared_prefix.run
+        if shared_prefix.is_first_run:
+            shared_prefix.keep(k, v)
+            return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[-1]), None
+        k, v = shared_prefix.join(k, v)
     external = None if run.prefix is None else (run.prefix.keys[module.layer_idx], run.prefix.values[module.layer_idx])
     kind = {
-        "plan": run.plan,
+        "plan": plan,
         "scale": q.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": sliding_window,
         "softcap": softcap,

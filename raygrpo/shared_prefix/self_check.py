@@ -10,6 +10,7 @@ positions that are ignored, what happens behind the LM head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ def check_attention(out: Tensor, q, k, v, *, plan: AttentionPlan, scale, window,
         k, v = (torch.cat(pair) for pair in zip(external, (k, v), strict=True))
     tolerance = ATTENTION_TOLERANCE[out.dtype]
     last = len(plan.starts) - 1
+    ends = list(accumulate(plan.own.q_lens))
     for segment in sorted({last * i // (_NUM_ROWS - 1) for i in range(_NUM_ROWS)}):
-        row = plan.starts[segment] + plan.own.q_lens[segment] - 1
+        row = ends[segment] - 1
         keys = plan.key_rows(segment).to(k.device)
         distance = torch.arange(len(keys) - 1, -1, -1, device=k.device)[None]
         visible = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window

@@ -78,7 +78,7 @@ def check_batch(model: PreTrainedModel, batch: SharedPrefixBatch) -> None:
     threshold = _rope_threshold(model.config.get_text_config())
     if threshold is None:
         return
-    lengths = {offset + length for offset, length in zip(batch.plan.offsets, batch.plan.own.q_lens, strict=True)}
+    lengths = {offset + length for offset, length in zip(batch.plan.offsets, batch.plan.own.k_lens, strict=True)}
     lengths -= {batch.plan.offsets[segment] for segment in range(len(batch.plan.parents))}  # those that are continued
     lengths |= {len(batch.external_ids)} - {0}
     kind, limit = threshold

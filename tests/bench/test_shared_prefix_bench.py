@@ -15,7 +15,7 @@ pytest.importorskip("prefix_grouper")
 def test_all_methods_compute_the_same():
     model = shared_prefix.tiny_qwen3()
     point = shared_prefix.Point(20, 8, 3)
-    measured = shared_prefix.measure(model, point, list(METHODS), steps=1, stream_tokens=100)
+    measured = shared_prefix.measure(model, point, list(METHODS), stream_tokens=100, max_steps=1)
     assert measured.num_groups == 2
     assert max(measured.logprob_difference.values()) < 1e-4
     assert max(measured.gradient_difference.values()) < 1e-4
@@ -31,6 +31,18 @@ def test_the_command_prints_marks_and_json(capsys, monkeypatch):
     shared_prefix.main(quick=True, json=True)
     result = json.loads(capsys.readouterr().out)
     assert result["grid"][0]["point"] == {"prompt": 16, "completion": 4, "group_size": 2}
+
+
+def test_a_run_goes_on_after_the_points_that_its_file_holds(tmp_path, monkeypatch):
+    first, second = shared_prefix.Point(16, 4, 2), shared_prefix.Point(8, 4, 2)
+    kept = tmp_path / "points.jsonl"
+    monkeypatch.setattr(shared_prefix, "QUICK", [first])
+    before = shared_prefix.run(quick=True, resume=kept)["grid"]
+    monkeypatch.setattr(shared_prefix, "QUICK", [first, second])
+    after = shared_prefix.run(quick=True, resume=kept)["grid"]
+    assert after[0] == before[0]  # with its times
+    assert after[1]["point"]["prompt"] == 8
+    assert len(kept.read_text().splitlines()) == 2
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
@@ -52,6 +64,7 @@ def test_peak_memory_follows_what_lives():
 
 def test_the_ladder_runs_on_any_device():
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
-    rows = gpu_ladder.run(device="cpu", shapes={"tiny": shape | {"vocab_size": 50, "head_dim": 8}}, progress=True)
+    rows = gpu_ladder.run(device="cpu", shapes={"tiny": shape | {"vocab_size": 50, "head_dim": 8}})
+    assert "tiny" in gpu_ladder.ladder_table(rows)
     assert [row["method"] for row in rows] == ["shared", "packed"]
     assert all(row["tokens_per_second"] > 0 and row["largest_group"] == 8 for row in rows)

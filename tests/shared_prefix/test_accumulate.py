@@ -171,7 +171,7 @@ def test_shared_heads_save_tokens_and_change_nothing():
     assert len(pack(groups, max_tokens, min_shared_head=6)) == 1
     streams = []
     model.get_decoder().register_forward_hook(
-        lambda _, args, kwargs, out: streams.append(out[0].shape[1]), with_kwargs=True
+        lambda _, args, kwargs, out: streams.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     accumulate_gradients(model, groups, lambda logprobs, part: logprobs.sum(), max_tokens, min_shared_head=6)
     assert streams == [together.num_tokens]

@@ -53,7 +53,7 @@ def test_encoder_decoders_and_other_modules_are_refused():
 @pytest.mark.parametrize(
     ("architecture", "options", "reason"),
     [
-        ("diffllama", {}, "2 layers but made 4 calls"),
+        ("diffllama", {}, "2 calls to attention; it must be one"),
         ("nemotron", {}, "does not pass keyword arguments"),
         ("doge", {}, "makes its own masks"),
         ("gpt_oss", {"num_local_experts": 4, "sliding_window": 5}, "attention sinks"),

@@ -35,7 +35,7 @@ for stage in (1, 2, 3):
                 "train_micro_batch_size_per_gpu": 1,
                 "managed_gradient_accumulation": False,
                 "gradient_clipping": 0.0,
-                "zero_optimization": {"stage": stage},
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
                 "zero_allow_untested_optimizer": True,
             },
         )

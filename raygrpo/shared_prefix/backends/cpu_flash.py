@@ -71,9 +71,10 @@ def _causality(q: Tensor, k: Tensor, causal: bool, window: int | None) -> tuple[
     """is_causal and attn_mask for blocks of queries and keys that end at the same row. The op's own flag aligns their
     beginnings, so it serves blocks of equal length only."""
     num_queries, num_keys = q.shape[-2], k.shape[-2]
-    if not causal:
+    fits = window is None or num_keys <= window
+    if not causal or (fits and num_queries == 1):  # one query is the last row and sees all
         return False, None
-    if num_queries == num_keys and (window is None or num_keys <= window):
+    if fits and num_queries == num_keys:
         return True, None
     distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)

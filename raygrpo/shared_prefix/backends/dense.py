@@ -18,13 +18,13 @@ class Dense:
         if external is not None:
             k, v = (torch.cat(pair) for pair in zip(external, (k, v), strict=True))
         outs = []
-        for segment, (start, length) in enumerate(zip(plan.starts, plan.own.q_lens, strict=True)):
+        for segment, queries in enumerate(q.split(plan.own.q_lens)):
             rows = plan.key_rows(segment).to(q.device)
-            # Key j is at position j; the queries are the last `length` positions.
+            # Key j is at position j; the queries are at the last positions.
             position = torch.arange(rows.numel(), device=q.device)
-            distance = position[-length:, None] - position
+            distance = position[len(rows) - len(queries) :, None] - position
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            outs.append(attend_dense(q[start : start + length], k[rows], v[rows], visible, scale, softcap))
+            outs.append(attend_dense(queries, k[rows], v[rows], visible, scale, softcap))
         return torch.cat(outs)
 
 

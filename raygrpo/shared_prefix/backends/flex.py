@@ -60,22 +60,21 @@ def block_mask(plan: AttentionPlan, window: int | None, device: torch.device) ->
 
 
 def _block_mask(plan: AttentionPlan, window: int | None, device: torch.device) -> BlockMask:
-    lens = torch.tensor(plan.own.q_lens)
+    lens = torch.tensor(plan.own.k_lens)
     tin, tout = _preorder(plan)
-    external = plan.num_external
-    num_queries, num_keys = int(lens.sum()), external + int(lens.sum())
-    rows = torch.arange(num_queries)
+    external, rows = plan.num_external, plan.query_rows
+    num_queries, num_keys = len(rows), external + plan.num_rows
     segment = torch.repeat_interleave(torch.arange(len(lens)), lens)
-    position = rows - torch.tensor(plan.starts)[segment] + torch.tensor(plan.offsets)[segment]
+    stream_position = torch.arange(len(segment)) + (torch.tensor(plan.offsets) - torch.tensor(plan.starts))[segment]
+    position, q_tin = stream_position[rows], tin[segment[rows]]
     # Keys: the external ones first, which are above everything.
-    q_tin = tin[segment]
-    k_tin = torch.cat([torch.full((external,), -1), q_tin])
+    k_tin = torch.cat([torch.full((external,), -1), tin[segment]])
     k_tout = torch.cat([torch.full((external,), len(lens)), tout[segment]])
-    k_position = torch.cat([torch.arange(external), position])
+    k_position = torch.cat([torch.arange(external), stream_position])
 
-    sees, whole = _segment_blocks(segment, tin, tout, external, num_queries, num_keys)
-    low, high = _extent(position, num_queries)
-    k_low, k_high = _extent(k_position, num_keys)
+    sees, whole = _segment_blocks(segment, rows, tin, tout, external)
+    low, high = _extent(position)
+    k_low, k_high = _extent(k_position)
     if window is not None:
         sees &= low[:, None] - k_high < window
         whole &= high[:, None] - k_low < window
@@ -93,23 +92,25 @@ def _block_mask(plan: AttentionPlan, window: int | None, device: torch.device) -
     )  # fmt: skip
 
 
-def _segment_blocks(segment, tin, tout, external, num_queries, num_keys) -> tuple[Tensor, Tensor]:
-    """[query blocks, key blocks]: whether any query sees any key as far as segments go, and whether all see all."""
+def _segment_blocks(segment: Tensor, rows: Tensor, tin: Tensor, tout: Tensor, external: int) -> tuple[Tensor, Tensor]:
+    """[query blocks, key blocks]: whether any query sees any key as far as segments go, and whether all see all.
+
+    segment [T]: of each row of the stream. rows: those that are queries.
+    """
     num_segments = len(tin)
     above = (tin[None] <= tin[:, None]) & (tin[:, None] < tout[None])  # [segment of query, segment of key]
     above = torch.cat([torch.ones(num_segments, 1, dtype=torch.bool), above], 1)  # the external keys are segment 0
     k_segment = torch.cat([torch.zeros(external, dtype=torch.long), segment + 1])
-    q_holds, k_holds = _holds(segment, num_segments), _holds(k_segment, num_segments + 1)
+    q_holds, k_holds = _holds(segment[rows], num_segments), _holds(k_segment, num_segments + 1)
     sees = (q_holds @ above.float() @ k_holds.T) > 0
     # Rows of a segment come after the rows it sees, so a key block that starts after the queries end is not seen,
-    last_query = ((torch.arange(len(q_holds)) + 1) * _BLOCK).clamp(max=num_queries) - 1 + external
+    first_query, last_query = (row + external for row in _extent(rows))
     first_key = torch.arange(len(k_holds)) * _BLOCK
     sees &= first_key <= last_query[:, None]
     # and is seen wholly if all its segments are above all of the block's and it ends before the queries start.
     hidden = (q_holds @ (~above).float() @ k_holds.T) > 0
-    first_query = torch.arange(len(q_holds)) * _BLOCK + external
     whole = sees & ~hidden & (first_key + _BLOCK - 1 <= first_query[:, None])
-    return sees, whole & (first_key + _BLOCK <= num_keys)
+    return sees, whole & (first_key + _BLOCK <= len(k_segment))
 
 
 def _holds(segment: Tensor, num_segments: int) -> Tensor:
@@ -120,9 +121,9 @@ def _holds(segment: Tensor, num_segments: int) -> Tensor:
     return holds
 
 
-def _extent(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Lowest and highest position in each block of rows."""
-    short = -length % _BLOCK
+def _extent(position: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest of each block."""
+    short = -len(position) % _BLOCK
     table = torch.cat([position, position[-1:].expand(short)]).view(-1, _BLOCK)
     return table.amin(1), table.amax(1)
 
