@@ -84,11 +84,11 @@ def train(
         watcher.on_phase("starting generators and learners")
         tracker = launch_tracker(config, run_dir, resume_command)
         generators = launch_generators(prepared, run_dir.name)
-        controller = launch_controller(prepared, generators, run_dir)
+        controller = launch_controller(prepared, run_dir)
         prompts = ray.put(prepared.prompts)
         status = "FAILED"
         try:
-            with _follow(tracker, controller, prompts, watcher):
+            with _follow(tracker, controller, lambda: controller.set_up.remote(prompts, generators), watcher):
                 run_gang(prepared, controller, tracker, run_dir)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -227,7 +227,8 @@ class GeneratorLauncher:
         )
 
 
-def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle], run_dir: Path) -> ActorHandle:
+def launch_controller(prepared: PreparedRun, run_dir: Path) -> ActorHandle:
+    """`set_up` must follow."""
     import ray
 
     from raygrpo.roles.controller import RolloutController
@@ -237,8 +238,6 @@ def launch_controller(prepared: PreparedRun, generators: dict[str, ActorHandle],
         name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
     )
     return actor.remote(
-        None,
-        generators,
         seed=config.seed,
         groups_per_step=config.groups_per_step,
         group_size=config.group_size,
@@ -321,8 +320,11 @@ def root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _follow(tracker: ActorHandle, controller: ActorHandle, prompts: ray.ObjectRef, watcher: Watcher) -> Iterator[None]:
-    """Tell the watcher what happens, and the controller what the prompts are, from a thread, while the body runs."""
+def _follow(
+    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher
+) -> Iterator[None]:
+    """Tell the watcher what happens, and set up the controller whenever it is new, from a thread, while the body
+    runs."""
     import ray
 
     done = threading.Event()
@@ -339,8 +341,8 @@ def _follow(tracker: ActorHandle, controller: ActorHandle, prompts: ray.ObjectRe
             except ray.exceptions.RayActorError:  # Ray starts it again, with no warnings yet
                 num_warnings["controller"] = 0
                 continue
-            if not status.has_prompts:
-                controller.set_prompts.remote(prompts)
+            if not status.is_set_up:
+                set_up()
             warnings = {
                 "controller": status.warnings,
                 "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),

@@ -77,15 +77,15 @@ class ControllerStatus:
     version: int  # latest that was published; -1 before the first
     warnings: list[str]  # from the one asked for on
     stop_reason: str | None  # why the run must not go on
-    has_prompts: bool  # False: it was started again, and lost them
+    is_set_up: bool  # False: it waits for `set_up`, maybe once more
     num_evictions: int  # how often learners were told to leave, to be started again
 
 
 class RolloutController:
     def __init__(
         self,
-        prompts: PromptSet | None,
-        generators: dict[str, ActorHandle],
+        prompts: PromptSet | None = None,
+        generators: dict[str, ActorHandle] | None = None,
         *,
         seed: int,
         groups_per_step: int,
@@ -96,12 +96,12 @@ class RolloutController:
         launch: Callable[[str], ActorHandle] | None = None,
         report_dir: str | None = None,
     ):
-        """prompts: None where `set_prompts` brings them. launch: makes a further generator of this name, for a pool
-        that grows. report_dir: where the watchdog writes."""
+        """prompts, generators: None where `set_up` brings them. launch: makes a further generator of this name, for a
+        pool that grows. report_dir: where the watchdog writes."""
         self._prompts = prompts
-        self._has_prompts = asyncio.Event()
-        if prompts is not None:
-            self._has_prompts.set()
+        self._is_set_up = asyncio.Event()
+        if generators is not None:
+            self._is_set_up.set()
         self._seed = seed
         self._groups_per_step = groups_per_step
         self._group_size = group_size
@@ -119,15 +119,17 @@ class RolloutController:
         self._num_evictions = 0
         self._warnings: list[str] = []  # for the person who watches
         self._changed = asyncio.Condition()
-        self._pool = GeneratorPool(generators, self._settings, self._changed, self._warn, launch)
+        self._pool = GeneratorPool(generators or {}, self._settings, self._changed, self._warn, launch)
         self._watchdog = Watchdog(watchdog or WatchdogConfig())
         self._background: list[asyncio.Task] = []
 
-    async def set_prompts(self, prompts: PromptSet) -> None:
-        """What tickets stand for. Not an argument of the constructor, which Ray repeats after this actor died: Ray does
-        not promise to keep large arguments until then."""
-        self._prompts = prompts
-        self._has_prompts.set()
+    async def set_up(self, prompts: PromptSet, generators: dict[str, ActorHandle]) -> None:
+        """What tickets stand for, and who samples. Not arguments of the constructor, which Ray repeats after this actor
+        died: it does not promise to keep large arguments and handles until then. The driver calls this again."""
+        if not self._is_set_up.is_set():
+            self._prompts = prompts
+            self._pool.add(generators)
+            self._is_set_up.set()
 
     async def new_stream(self, name: str) -> int:
         """Register a dataset that was built under this name; its claims carry the number that this returns."""
@@ -139,6 +141,7 @@ class RolloutController:
         """The gang has started (again), and will publish before it trains: shut the gate. Returns the attempt's
         number, higher than any before."""
         self._start_background()
+        await self._is_set_up.wait()
         if _was_restarted():
             at_least = max(at_least, await self._attempt_of_generators() + 1)
         self._attempt = max(self._attempt + 1, at_least)
@@ -173,7 +176,7 @@ class RolloutController:
         replacement k > 0: the ticket's k-th other prompt (dynamic sampling). Raises RuntimeError when no generator is
         left that could come back.
         """
-        await self._has_prompts.wait()
+        await self._is_set_up.wait()
         if stream != self._active_stream:
             return _fenced(row)
         assert self._prompts is not None
@@ -269,7 +272,7 @@ class RolloutController:
             version=self._version,
             warnings=self._warnings[first_warning:],
             stop_reason=self._stop_reason,
-            has_prompts=self._has_prompts.is_set(),
+            is_set_up=self._is_set_up.is_set(),
             num_evictions=self._num_evictions,
         )
 

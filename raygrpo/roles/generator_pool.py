@@ -47,24 +47,33 @@ class GeneratorPool:
         launch: Callable[[str], ActorHandle] | None = None,
     ):
         """launch: makes a generator of this name; without it the pool stays as it is."""
-        self.generators = dict(generators)
-        self.healthy = set(generators)
+        self.generators: dict[str, ActorHandle] = {}
+        self.healthy: set[str] = set()
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
         self.num_failures = 0
         self._settings = settings
         self._changed = changed
         self._warn = warn
         self._launch = launch
-        self._num_launched = len(generators)
+        self._num_launched = 0
         self._extra: list[str] = []  # launched here, oldest first: these may go again
         self._leaving: set[str] = set()
-        self._outstanding = dict.fromkeys(generators, 0)
+        self._outstanding: dict[str, int] = {}
         self._peaks: deque[tuple[float, int]] = deque()  # (time, groups in flight), of the last scale_down_after_s
-        self._loading = {name: asyncio.Lock() for name in generators}  # a generator refuses a version twice
+        self._loading: dict[str, asyncio.Lock] = {}  # a generator refuses a version twice
         self._attempt = 0
         self._version = -1  # of the latest publish, which may be under way: who is to be healthy must hold it
         self._weights: list[ray.ObjectRef] = []  # of that version
         self._tasks: set[asyncio.Task] = set()
+        self.add(generators)
+
+    def add(self, generators: dict[str, ActorHandle]) -> None:
+        """Generators that are there from the start, and stay."""
+        self.generators |= generators
+        self.healthy |= set(generators)
+        self._num_launched += len(generators)
+        self._outstanding |= dict.fromkeys(generators, 0)
+        self._loading |= {name: asyncio.Lock() for name in generators}
 
     @property
     def all_dead(self) -> bool:
