@@ -61,6 +61,8 @@ def train_locally(
 
     tracker = Tracker(config, str(run_dir), resume_command=resume_command)
     tracker.start()
+    for step, metrics in tracker.history().items():  # of a run that goes on
+        watcher.on_step(step, metrics)
     status = "FAILED"
     try:
         join_process_group(config)
@@ -117,7 +119,7 @@ class LocalRun:
         self._merge = AdapterMerger(self._config.model) if self._config.model.lora else None
         self._num_warnings = 0
         self._version = -1
-        self._first_ticket = 0
+        self._tickets = range(0)
         self._report: PublishReport | None = None
 
     # The learner's link.
@@ -125,8 +127,8 @@ class LocalRun:
     def begin_attempt(self, at_least: int) -> int:
         return max(1, at_least)
 
-    def begin_segment(self, name: str, first_ticket: int) -> None:
-        self._first_ticket = first_ticket
+    def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
+        self._tickets = range(first_ticket, first_ticket + num_tickets)
 
     def publish(self, version: int, weights: PackedWeights) -> None:
         from raygrpo.roles.controller import PublishReport
@@ -179,12 +181,10 @@ class LocalRun:
         return self._groups().__next__
 
     def _groups(self) -> Iterator[ScoredGroup]:
-        """From the segment's first ticket to its end, a step at a time."""
+        """The segment's, sampled a step at a time."""
         per_step = self._config.groups_per_step
-        first_step = self._first_ticket // per_step
-        end_step = min(first_step + self._config.checkpoint.every, self._config.num_steps)
-        for step in range(first_step, end_step):
-            yield from self._sample_step(range(step * per_step, (step + 1) * per_step))
+        for start in range(0, len(self._tickets), per_step):
+            yield from self._sample_step(self._tickets[start : start + per_step])
 
     def _sample_step(self, tickets: range) -> list[ScoredGroup]:
         """One group for each ticket; with dynamic sampling, tickets without spread take their next prompt."""

@@ -20,8 +20,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -345,14 +345,36 @@ class AdaptivePoll(ExecutionCallback):
 
 
 def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:
-    """A learner's share of a segment: each call gives its next scored group, nothing is fetched ahead of need, and the
-    call after the last raises StopIteration, which ends the execution."""
+    """Begin the execution of a segment, and return a function: each call gives this learner's next scored group, the
+    call after the last raises StopIteration, which ends the execution.
+
+    The execution takes seconds to begin and all learners to ask for a first block, so that is asked for here, in the
+    background: it begins while the learner still waits for a publish. Later blocks are not fetched ahead of need.
+    """
     batches = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     pending: list[ScoredGroup] = []
+    first: Future[pa.Table | None] = Future()
+
+    def begin() -> None:
+        try:
+            first.set_result(next(batches, None))
+        except BaseException as error:
+            first.set_exception(error)
+
+    # A daemon: a learner whose publish fails meanwhile must be able to leave.
+    threading.Thread(target=begin, name="stream", daemon=True).start()
+
+    def blocks() -> Iterator[pa.Table]:
+        block = first.result()
+        if block is not None:
+            yield block
+            yield from batches
+
+    remaining = blocks()
 
     def next_group() -> ScoredGroup:
         while not pending:
-            pending.extend(table_to_scored_groups(next(batches)))
+            pending.extend(table_to_scored_groups(next(remaining)))
         return pending.pop(0)
 
     return next_group

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
+FENCED = -1  # in place of a ticket: a row that stands for nothing
+
+
 class RunStopped(RuntimeError):
     """Going on would be wrong, and starting again from a checkpoint would not help. The message is for the user."""
 

@@ -123,8 +123,11 @@ def train(config: Path, name: str, faults: Sequence[Fault] = (), *options: str) 
                     if remaining and max(record(run_dir), default=-1) >= remaining[0].after_step:
                         fault = remaining.pop(0)
                         time.sleep(fault.delay_s)
-                        if kill(process, fault.kind):
-                            outcome.killed.append(fault.kind)
+                        while process.poll() is None:
+                            if kill(process, fault.kind):
+                                outcome.killed.append(fault.kind)
+                                break
+                            time.sleep(POLL_S)  # between two segments there is no stage
             if process.returncode != -signal.SIGKILL:
                 break
             resumed = ["--resume"]
@@ -159,7 +162,10 @@ def started(command: list[str], directory: Path, log) -> Iterator[subprocess.Pop
 
 def kill(process: subprocess.Popen, kind: str) -> bool:
     """SIGKILL to one process of this kind that the run has started; False where there is none just now."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return False
     process.family |= set(family)  # type: ignore[attr-defined]
     if kind == DRIVER:
         process.kill()

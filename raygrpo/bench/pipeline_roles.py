@@ -77,11 +77,11 @@ class NullLearner:
 
         from raygrpo.stream import iterate_groups
 
-        next_group = iterate_groups(shard)
         ray.get(controller.begin_attempt.remote(0))
         publishing = controller.publish.remote(0, [ray.put(0)])
         times = [time.time()]
         ray.get(controller.begin_segment.remote(SEGMENT, 0))
+        next_group = iterate_groups(shard)
         for step in range(point.num_groups // point.groups_per_step):
             if point.max_staleness == 0:
                 ray.get(publishing)

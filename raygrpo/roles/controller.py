@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
 from raygrpo.roles.generator_pool import GeneratorPool, last_line
 from raygrpo.roles.watchdog import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim, Watchdog, stall_report, write_report
-from raygrpo.types import Prompt
+from raygrpo.types import FENCED, Prompt
 
 if TYPE_CHECKING:
     import ray
@@ -113,6 +114,7 @@ class RolloutController:
         self._streams: dict[str, int] = {}  # name of a dataset -> its newest stream
         self._active_stream = -1
         self._first_ticket = 0  # of the current segment
+        self._num_tickets = 0
         self._claims: dict[int, PendingClaim] = {}  # by ticket
         self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
         self._stop_reason: str | None = None
@@ -160,11 +162,13 @@ class RolloutController:
         done = await asyncio.gather(*(asyncio.wait_for(call, 60.0) for call in calls), return_exceptions=True)
         return max((status.attempt for status in done if not isinstance(status, BaseException)), default=0)
 
-    async def begin_segment(self, name: str, first_ticket: int) -> None:
-        """Row r of the coming execution of the dataset `name` is ticket first_ticket + r."""
+    async def begin_segment(self, name: str, first_ticket: int, num_tickets: int | None = None) -> None:
+        """Row r of the coming execution of the dataset `name` is ticket first_ticket + r. From row num_tickets on, if
+        that is given, rows are fenced: the dataset has more than the segment."""
         async with self._changed:
             self._active_stream = self._streams[name]
             self._first_ticket = first_ticket
+            self._num_tickets = sys.maxsize if num_tickets is None else num_tickets
             self._failures.clear()
             self._claims.clear()
             self._changed.notify_all()
@@ -177,7 +181,7 @@ class RolloutController:
         left that could come back.
         """
         await self._is_set_up.wait()
-        if stream != self._active_stream:
+        if stream != self._active_stream or row >= self._num_tickets:
             return _fenced(row)
         assert self._prompts is not None
         ticket = self._first_ticket + row
@@ -364,7 +368,7 @@ class RolloutController:
 def _fenced(row: int) -> Claim:
     prompt = Prompt(prompt_id=-1, prompt_ids=[], text="")
     error = f"row {row} belongs to a stream that has ended"
-    return Claim(ticket=-1, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
+    return Claim(ticket=FENCED, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
 
 
 def _was_restarted() -> bool:

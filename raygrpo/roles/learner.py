@@ -25,7 +25,7 @@ from raygrpo.config import ModelConfig, RunConfig
 from raygrpo.lora import add_adapters, merge, split_adapters
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval, covered_seconds, stage_seconds
-from raygrpo.types import RunStopped, ScoredGroup, StepMetrics
+from raygrpo.types import FENCED, RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +58,14 @@ class LearnerSetup:
 
 
 def segments(config: RunConfig, first_step: int) -> Iterator[tuple[str, int, int]]:
-    """(name of the dataset, first step, end step) of each segment from first_step on: whole ones, then what is left."""
+    """(name of the dataset, first step, end step) of each segment from first_step on: they end where checkpoint.every
+    divides, and at the end of the run. One that begins in between has a dataset with more rows than it needs."""
     every = config.checkpoint.every
-    for start in range(first_step, config.num_steps, every):
-        end = min(start + every, config.num_steps)
-        yield (SEGMENT if end - start == every else TAIL), start, end
+    start = first_step
+    while start < config.num_steps:
+        end = min(start - start % every + every, config.num_steps)
+        yield (TAIL if end == config.num_steps and end % every else SEGMENT), start, end
+        start = end
 
 
 def run_learner(setup: LearnerSetup, link: RayLink) -> None:
@@ -85,7 +88,7 @@ def learn(setup: LearnerSetup, stream: Callable[[str], Callable[[], ScoredGroup]
     """Train from the newest checkpoint to the end of the run; all ranks call it, torch.distributed is initialised.
 
     stream: begins a segment's execution and gives this rank's share of it: a function that returns the next group, and
-    raises StopIteration after the last.
+    raises StopIteration after the last. No ticket is claimed before all ranks have called it.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
     learner = Learner(setup)
@@ -131,12 +134,6 @@ class Learner:
             self._engine.load(newest.directory)
             self._updater.kl_coef = newest.state.kl_coef
             first_step = newest.state.step
-            every = self._config.checkpoint.every
-            if first_step % every and first_step < self._config.num_steps:
-                raise RunStopped(
-                    f"the checkpoint of step {first_step} is not at a multiple of checkpoint.every ({every}), where "
-                    "segments begin: set checkpoint.every to a divisor of it"
-                )
         if self._rank == 0:
             at_least = newest.state.attempt + 1 if newest is not None else 0
             self._attempt = self._link.begin_attempt(at_least)
@@ -200,9 +197,10 @@ class Learner:
         self, name: str, first_step: int, end_step: int, stream: Callable[[str], Callable[[], ScoredGroup]]
     ) -> None:
         """Steps first_step .. end_step - 1, from this rank's share of the segment."""
-        next_group = stream(name)
         if self._rank == 0:
-            self._link.begin_segment(name, first_step * self._config.groups_per_step)
+            per_step = self._config.groups_per_step
+            self._link.begin_segment(name, first_step * per_step, (end_step - first_step) * per_step)
+        next_group = stream(name)  # with the learner of rank 0 the last: an execution begins when all have asked
         for step in range(first_step, end_step):
             # On-policy, the next group cannot come before the acks; else generating goes on while they come.
             if self._config.max_staleness == 0:
@@ -234,10 +232,11 @@ class Learner:
             self._unreported = (step, metrics | _combine_facts([f for f, _ in facts]), _merge([t for _, t in facts]))
         self._report()
         try:
-            next_group()
+            while True:
+                ticket = next_group().group.ticket
+                assert ticket == FENCED, f"ticket {ticket} is beyond the segment's end"
         except StopIteration:
             return
-        raise AssertionError("the stream holds more groups than the segment's steps")
 
     def _collect(self, step: int, next_group: Callable[[], ScoredGroup]) -> list[ScoredGroup]:
         """This rank's share of the step, in ticket order; groups that failed to be generated are counted by _facts and

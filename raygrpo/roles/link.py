@@ -31,8 +31,8 @@ class RunLink(Protocol):
     def begin_attempt(self, at_least: int) -> int:
         """The learners have started (again); returns the number of this attempt."""
 
-    def begin_segment(self, name: str, first_ticket: int) -> None:
-        """The rows of the dataset `name` are the tickets from first_ticket on."""
+    def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
+        """The first rows of the dataset `name` are the tickets from first_ticket on; what is left stands for nothing."""
 
     def publish(self, version: int, weights: PackedWeights) -> None:
         """Hand over the weights; `published` says what became of it."""
@@ -65,10 +65,10 @@ class RayLink:
 
         return ray.get(self.controller.begin_attempt.remote(at_least))
 
-    def begin_segment(self, name: str, first_ticket: int) -> None:
+    def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
         import ray
 
-        ray.get(self.controller.begin_segment.remote(name, first_ticket))
+        ray.get(self.controller.begin_segment.remote(name, first_ticket, num_tickets))
 
     def publish(self, version: int, weights: PackedWeights) -> None:
         import ray

@@ -134,7 +134,7 @@ class MlflowRun:
                 self.experiment_id,
                 start_time=self.start_time_ms,
                 tags={RUN_KEY_TAG: self.run_key},
-                run_name=self.config.name,
+                run_name=self.run_dir.name,
             )
             self._described = False
         self.run_id = run.info.run_id

@@ -18,6 +18,7 @@ from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
+from raygrpo.types import FENCED
 
 NUM_PROMPTS = 7
 WEIGHTS: list[Any] = ["packed weights"]
@@ -472,5 +473,19 @@ def test_a_ticket_on_which_generators_keep_failing_is_given_up():
         for name in tried:
             assert f"{name}: no memory on {name}" in given_up.error
         assert (await controller.claim(stream, 2)).generator is not None, "other tickets go on"
+
+    asyncio.run(run())
+
+
+def test_rows_beyond_the_segment_are_fenced_at_once():
+    async def run() -> None:
+        controller = make_controller(FakeGenerator("a"))
+        stream = await controller.new_stream("segment")
+        await controller.begin_segment("segment", 8, 3)
+        for row in (3, 4, 100):
+            claim = await controller.claim(stream, row)
+            assert (claim.generator, claim.ticket) == (None, FENCED)
+        await controller.publish(2, WEIGHTS)
+        assert [(await controller.claim(stream, row)).ticket for row in range(3)] == [8, 9, 10]
 
     asyncio.run(run())

@@ -42,7 +42,7 @@ def test_a_run_writes_every_step_once_and_describes_itself(configure: MakeConfig
     store = Store(links.tracking_uri)
     (run,) = store.runs(config.tracking.experiment)
     assert run.info.run_id == links.run_id
-    assert (run.info.run_name, run.info.status) == ("testrun", "FINISHED")
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert store.points(links.run_id, "reward/mean") == [(step, step / 10) for step in range(8)]
     assert store.points(links.run_id, "policy/loss") == [(step, -float(step)) for step in range(8)]
     expected = flatten(config.model_dump(mode="json"))
