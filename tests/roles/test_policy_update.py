@@ -372,6 +372,39 @@ def test_a_step_in_which_nothing_can_be_learnt_leaves_a_fresh_policy_as_it_is(mo
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.parametrize(
+    "algorithm", [{}, {"kl": {"coef": 0.1}, "entropy_coef": 0.01}, {"preset": "gspo", "epochs": 2}]
+)
+@pytest.mark.parametrize("what", ["empty", "truncated"])
+def test_a_step_of_empty_or_cut_off_completions_only(what, algorithm, model_dir, steps_of, load):
+    """Nothing counts: loss 0, no gradient, weights as they were; and the next step trains."""
+
+    def spoil(rollout):
+        if what == "empty":
+            return replace(rollout, completion_ids=[], behaviour_logprobs=[])
+        return replace(rollout, finish_reason="length")
+
+    first, second = steps_of("plain")
+    spoilt = [
+        replace(g, group=replace(g.group, rollouts=[spoil(rollout) for rollout in g.group.rollouts])) for g in first
+    ]
+    config = case_config(model_dir, "plain")
+    optimizer = config.learner.optimizer.model_copy(update={"weight_decay": 0.0})
+    learner = config.learner.model_copy(update={"optimizer": optimizer})
+    settings = AlgorithmConfig(**algorithm, overlong={"mask": True})
+    config = config.model_copy(update={"learner": learner, "algorithm": settings})
+    start = dict(load().named_parameters())
+    result = run_updates(0, 1, config, [spoilt])
+    assert largest_difference(result["weights"], start) == 0.0
+    (metrics,) = result["metrics"]
+    assert (metrics["policy/loss"], metrics["policy/grad_norm"]) == (0.0, 0.0)
+    assert metrics["completions/clipped_ratio"] == (1.0 if what == "truncated" else pytest.approx(0.2, abs=0.2))
+    assert metrics["completions/mean_length"] == 0.0 or what == "truncated"
+    assert metrics["reward/frac_zero_std"] < 1.0, "the rewards do differ"
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert largest_difference(run_updates(0, 1, config, [spoilt, second])["weights"], start) > 1e-4
+
+
 def test_an_update_without_gradient_beside_one_with(model_dir, steps_of):
     """The first mini-batch has no spread: its tokens are unknown to the metrics, the second's are what they tell."""
     groups = [
