@@ -47,4 +47,4 @@ chaos: install
 	$(BIN)/python -m tests.chaos runs/chaos-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines benchmarks && $(BIN)/pyright

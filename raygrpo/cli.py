@@ -125,6 +125,20 @@ def bench_shared_prefix(
     run(json=json, quick=quick, resume=resume)
 
 
+@bench.command("pipeline")
+def bench_pipeline(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter points, in about two minutes.")] = False,
+) -> None:
+    """What the pipeline itself costs: groups per second through the stream, claims per second, and where the time goes.
+
+    Generators answer at once and the learner learns nothing; controller, Ray Data and reward workers are the real ones.
+    """
+    from raygrpo.bench.pipeline import main as run
+
+    run(json=json, quick=quick)
+
+
 def _load(config: Path, overrides: list[str] | None):
     from raygrpo.config import load_config
 

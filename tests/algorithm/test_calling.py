@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +50,15 @@ assert not {"ray", "vllm", "deepspeed", "transformers"} & set(sys.modules)
     numbers = [float(word) for word in done.stdout.replace("[", " ").replace("]", " ").replace(",", " ").split()]
     gradient = [-unit / 5, -unit / 5, unit / 5, unit / 5, -unit / 5]
     assert numbers == pytest.approx([unit, -unit, -unit, unit, -unit / 5, *gradient], rel=1e-6)
+
+
+def test_the_documented_code_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["advantages"].tolist() == pytest.approx([0.8660239, -0.8660239, -0.8660239, 0.8660239], rel=1e-6)
+    assert names["loss"].isfinite() and names["logprobs"].grad.abs().sum() > 0
 
 
 def test_sections_may_be_objects_and_keep_what_the_preset_set() -> None:

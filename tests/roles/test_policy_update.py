@@ -17,6 +17,7 @@ from raygrpo.config import AlgorithmConfig
 from raygrpo.roles.learner import build_policy
 from raygrpo.types import Reward, RunStopped
 from tests.roles.update_cases import (
+    ADAPTER_CASES,
     CASES,
     FAILED,
     GROUPS_PER_STEP,
@@ -43,6 +44,8 @@ GANG_RUNS = [
     ("four_updates", 3),
     ("four_updates_kl_in_reward_in_parts", 2),
     ("four_updates_kl_in_reward_in_parts", 3),
+    ("adapters_kl_in_loss", 3),
+    ("adapters_four_updates_kl_in_reward_in_parts", 1),
 ]
 
 
@@ -106,16 +109,16 @@ def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, 
 # One rank.
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *ADAPTER_CASES])
 def test_an_update_equals_the_formulas_on_one_completion_at_a_time(case, alone, load, model_dir, steps_of):
     expected = reference_updates(load, case_config(model_dir, case), steps_of(case))
     found = alone(case)
     for of_step, expected_of_step in zip(found["advantages"], expected["advantages"], strict=True):
         for of_group, expected_of_group in zip(of_step, expected_of_step, strict=True):
-            assert of_group == pytest.approx(expected_of_group, abs=1e-5)
-    weights = {name: parameter.detach() for name, parameter in expected["weights"].items()}
-    assert largest_difference(found["weights"], weights) < 1e-5
-    assert largest_difference(weights, dict(load().named_parameters())) > 5e-3, "the updates must be worth comparing"
+            # A KL in the reward carries the weights' last digits into the second step's advantages.
+            assert of_group == pytest.approx(expected_of_group, abs=5e-5)
+    assert largest_difference(found["weights"], expected["weights"]) < 1e-5
+    assert largest_difference(expected["weights"], expected["start"]) > 5e-3, "the updates must be worth comparing"
 
 
 @pytest.mark.parametrize("case", set(CASES) - {"plain"})
@@ -125,8 +128,17 @@ def test_every_setting_but_the_exact_ones_changes_the_weights(case, alone):
     assert difference < 1e-6 if case in exact else difference > 1e-4
 
 
+@pytest.mark.parametrize("case", [case for case in ADAPTER_CASES if case != "adapters"])
+def test_a_penalty_holds_adapters_back_without_a_second_model(case, alone, model_dir):
+    assert largest_difference(alone(case)["weights"], alone("adapters")["weights"]) > 1e-4
+    _, _, updater, _ = build_policy(case_config(model_dir, case))
+    assert updater._reference is None
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("case", ["plain", "small_micro_batches", "four_updates_kl_in_reward_in_parts"])
+@pytest.mark.parametrize(
+    "case", ["plain", "small_micro_batches", "four_updates_kl_in_reward_in_parts", "adapters_kl_in_loss"]
+)
 def test_zero_stages_train_identically(case, stage, alone):
     assert largest_difference(alone(case, stage)["weights"], alone(case)["weights"]) < 2e-6
     assert_same_metrics(alone(case, stage)["metrics"], alone(case)["metrics"])
@@ -149,8 +161,7 @@ def test_ranks_together_do_what_one_does_alone(world, case, stage, gang, alone):
         assert_same_metrics(found["metrics"], expected["metrics"])
         for of_step, expected_of_step in zip(found["advantages"], expected["advantages"], strict=True):
             for of_group, expected_of_group in zip(of_step, expected_of_step[rank::world], strict=True):
-                # A KL in the reward carries the weights' last digits into the second step's advantages.
-                assert of_group == pytest.approx(expected_of_group, abs=2e-5)
+                assert of_group == pytest.approx(expected_of_group, abs=5e-5)  # likewise
 
 
 # Metrics.
@@ -359,6 +370,39 @@ def test_a_step_in_which_nothing_can_be_learnt_leaves_a_fresh_policy_as_it_is(mo
     assert (metrics["policy/grad_norm"], metrics["policy/loss"], metrics["reward/frac_zero_std"]) == (0.0, 0.0, 1.0)
     assert metrics["policy/skipped_token_fraction"] == 1.0
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{}, {"kl": {"coef": 0.1}, "entropy_coef": 0.01}, {"preset": "gspo", "epochs": 2}]
+)
+@pytest.mark.parametrize("what", ["empty", "truncated"])
+def test_a_step_of_empty_or_cut_off_completions_only(what, algorithm, model_dir, steps_of, load):
+    """Nothing counts: loss 0, no gradient, weights as they were; and the next step trains."""
+
+    def spoil(rollout):
+        if what == "empty":
+            return replace(rollout, completion_ids=[], behaviour_logprobs=[])
+        return replace(rollout, finish_reason="length")
+
+    first, second = steps_of("plain")
+    spoilt = [
+        replace(g, group=replace(g.group, rollouts=[spoil(rollout) for rollout in g.group.rollouts])) for g in first
+    ]
+    config = case_config(model_dir, "plain")
+    optimizer = config.learner.optimizer.model_copy(update={"weight_decay": 0.0})
+    learner = config.learner.model_copy(update={"optimizer": optimizer})
+    settings = AlgorithmConfig(**algorithm, overlong={"mask": True})
+    config = config.model_copy(update={"learner": learner, "algorithm": settings})
+    start = dict(load().named_parameters())
+    result = run_updates(0, 1, config, [spoilt])
+    assert largest_difference(result["weights"], start) == 0.0
+    (metrics,) = result["metrics"]
+    assert (metrics["policy/loss"], metrics["policy/grad_norm"]) == (0.0, 0.0)
+    assert metrics["completions/clipped_ratio"] == (1.0 if what == "truncated" else pytest.approx(0.2, abs=0.2))
+    assert metrics["completions/mean_length"] == 0.0 or what == "truncated"
+    assert metrics["reward/frac_zero_std"] < 1.0, "the rewards do differ"
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert largest_difference(run_updates(0, 1, config, [spoilt, second])["weights"], start) > 1e-4
 
 
 def test_an_update_without_gradient_beside_one_with(model_dir, steps_of):

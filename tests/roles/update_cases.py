@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "checkpointed_activations": {"model": {"gradient_checkpointing": True}, "learner": {"max_tokens": 40}},
 }
+_LORA = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+ADAPTER_CASES: dict[str, dict[str, Any]] = {  # the reference policy is the base with adapters off
+    "adapters": {"model": {"lora": _LORA}},
+    "adapters_kl_in_loss": {"model": {"lora": _LORA}, "algorithm": {"kl": {"coef": 2.0}}},
+    "adapters_four_updates_kl_in_reward_in_parts": {
+        "model": {"lora": _LORA},
+        "algorithm": {"mini_batches": 2, "epochs": 2, "kl": {"coef": 0.4, "placement": "reward", "estimator": "k3"}},
+        "learner": {"max_tokens": 24},
+    },
+}
 
 
 def case_config(model: Path, case: str, stage: int = 1) -> RunConfig:
@@ -60,7 +71,7 @@ def case_config(model: Path, case: str, stage: int = 1) -> RunConfig:
             "num_threads": 1,
         },
     }
-    return run_config(**merge(base, CASES[case]))
+    return run_config(**merge(base, (CASES | ADAPTER_CASES)[case]))
 
 
 def make_step(model: nn.Module, step: int, temperature: float = 1.0) -> list[ScoredGroup]:
@@ -158,11 +169,17 @@ def plain_scores(
 
 def reference_updates(load, config: RunConfig, steps: list[list[ScoredGroup]]) -> dict[str, Any]:
     """What `run_updates` should give. load: makes the model anew."""
-    policy, frozen = load().train(), load()
+    torch.manual_seed(config.seed)
+    policy, frozen = load(), load()
+    if config.model.lora is not None:
+        lora = config.model.lora
+        adapters = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules)
+        policy = peft.get_peft_model(policy, adapters)
+    policy.train()
+    start = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     settings, adam = config.algorithm, config.learner.optimizer
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
-    )
+    optimizer = torch.optim.AdamW(trained, lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
     advantages, norms = [], []
     for groups in steps:
         scored = [_score_group(policy, frozen, config, group) for group in groups]
@@ -174,9 +191,10 @@ def reference_updates(load, config: RunConfig, steps: list[list[ScoredGroup]]) -
                 loss = _loss(policy, config, groups, scored, advantages[-1], chosen)
                 optimizer.zero_grad()
                 loss.backward()
-                norms.append(nn.utils.clip_grad_norm_(policy.parameters(), adam.max_grad_norm).item())
+                norms.append(nn.utils.clip_grad_norm_(trained, adam.max_grad_norm).item())
                 optimizer.step()
-    return {"weights": dict(policy.named_parameters()), "advantages": advantages, "norms": norms}
+    weights = {name: parameter.detach() for name, parameter in policy.named_parameters()}
+    return {"start": start, "weights": weights, "advantages": advantages, "norms": norms}
 
 
 def _score_group(policy, frozen, config: RunConfig, group: ScoredGroup) -> list[tuple[Tensor, Tensor]]:
