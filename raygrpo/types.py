@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-
 FENCED = -1  # in place of a ticket: a row that stands for nothing
 
 

@@ -105,10 +105,14 @@ def test_async_rewards_and_failing_ones(run):
 
 
 def test_dynamic_sampling_takes_other_prompts(run):
-    options = ["num_steps=1", "reward.functions=[{use: local_task:flat_for_vowels}]"]
-    flat = [prompt_index(ticket, 10, seed=0) in (0, 4, 8) for ticket in range(4)]
+    seed, flat = next(
+        (seed, flat)
+        for seed in range(100)
+        if 0 < sum(flat := [prompt_index(ticket, 10, seed=seed) in (0, 4, 8) for ticket in range(4)]) < 3
+    )
+    options = ["num_steps=1", f"seed={seed}", "reward.functions=[{use: local_task:flat_for_vowels}]"]
     without, _ = run(*options)
-    assert any(flat) and without.history[0]["reward/frac_zero_std"] == sum(flat) / 4
+    assert without.history[0]["reward/frac_zero_std"] == sum(flat) / 4
     replaced, _ = run(*options, "algorithm.dynamic_sampling=5")
     assert replaced.history[0]["reward/frac_zero_std"] == 0
     assert replaced.history[0]["prompts/replaced"] >= sum(flat)
@@ -133,9 +137,7 @@ def test_adapters_are_trained_published_and_exported(run, model, lora):
     result, _ = run(*lora)
     history: dict[int, dict[str, Any]] = result.history
     assert all(metrics["sampling/logprob_diff"] < 1e-4 for metrics in history.values()), "merged as they are trained"
-    assert abs(history[0]["policy/kl"]) < 1e-6, (
-        "the reference has its adapters off, and they do nothing yet"
-    )
+    assert abs(history[0]["policy/kl"]) < 1e-6, "the reference has its adapters off, and they do nothing yet"
     assert history[2]["policy/kl"] > 1e-3
     exported = AutoModelForCausalLM.from_pretrained(result.export_dir)
     with_adapter = peft.PeftModel.from_pretrained(

@@ -32,7 +32,7 @@ class RunLink(Protocol):
         """The learners have started (again); returns the number of this attempt."""
 
     def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
-        """The first rows of the dataset `name` are the tickets from first_ticket on; what is left stands for nothing."""
+        """The first rows of the dataset `name` are the tickets from first_ticket on; the others stand for nothing."""
 
     def publish(self, version: int, weights: PackedWeights) -> None:
         """Hand over the weights; `published` says what became of it."""
