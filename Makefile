@@ -3,6 +3,7 @@
 #   make smollm2           fetch a real 135M model and train it
 #   make test              the test suite      make test-slow: what takes longer
 #   make chaos             trainings in which processes are killed at random (ARGS="--runs 20 --seed 1")
+#   make soak              300 steps of a tiny model; fails if memory, file descriptors or processes grow (some minutes)
 # PIP_ARGS goes to pip: see "Install" in README.md for machines whose index serves torch for CUDA only.
 
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install quickstart smollm2 test test-slow chaos lint
+.PHONY: install quickstart smollm2 test test-slow chaos soak lint
 
 install: .venv/installed
 
@@ -45,6 +46,9 @@ test-slow: install .venv/peers
 
 chaos: install
 	$(BIN)/python -m tests.chaos runs/chaos-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+soak: install
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines benchmarks && $(BIN)/pyright

@@ -9,10 +9,12 @@ errors are columns, never dropped rows. What the stages wait for, and what unblo
     learner         the next group in ticket order     the reward stage
 
 Claims are made in ticket order and rows reach the learners in ticket order, so the rows a learner waits for are always
-among the admitted ones: the gate (controller.py) cannot deadlock. A block of `groups_per_block` tickets never reaches
-over the end of a step, or it would wait for a ticket behind the gate. Three settings of Ray Data carry that
-(pipeline.md, section 2, gives the measurements): order is preserved; every row is a block of its own, or a block would
-wait for a row behind the gate; no shard locality, which buffers rows for a "nearer" learner while the others starve.
+among the admitted ones: the gate (controller.py) cannot deadlock. Three things carry that. Ray Data preserves the
+order. A block of `groups_per_block` tickets never reaches over the end of a step, or it would wait for a ticket behind
+the gate; blocks are never merged. There is no shard locality (Ray Train's default), which buffers rows for a "nearer"
+learner while the others starve.
+
+What a group costs on the way (`raygrpo bench pipeline`) is mostly per call and per block, so calls carry a whole block.
 """
 
 from __future__ import annotations

@@ -228,6 +228,16 @@ def test_the_groups_of_a_generator_that_dies_go_to_others_and_it_comes_back(stre
     assert streamed.reports[-1].num_generators == 2, "both serve again"
 
 
+def test_a_group_that_failed_does_not_wait_for_the_others_of_its_block(stream, tmp_path):
+    """Tickets 0 and 2 are at one generator, 1 and 3 at the other, which dies; 0 takes long."""
+    script = Script(die=frozenset({1}), marks=str(tmp_path), seconds={0: 6.0, 1: 3.0, 3: 3.0})
+    streamed = stream(script, num_steps=1, groups_per_block=4)
+    straggler, *others = [scored.group for scored in streamed.groups]
+    assert not straggler.error
+    assert all(group.generator == straggler.generator for group in others), "all ended where nothing had died"
+    assert all(group.generate_end_s < straggler.generate_end_s for group in others)
+
+
 def test_the_only_generator_may_die_too(stream, tmp_path):
     """At staleness 1, where a publish may come while its process restarts."""
     script = Script(die=frozenset({5}), marks=str(tmp_path))

@@ -36,7 +36,21 @@ from raygrpo.rewards import Scorer
 
 CLAIMERS = 2
 REWARD = RewardConfig(functions=[{"use": "exact_match"}])  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What is measured: numbers of generators, groups in a stream, groups in a block; claims at a time."""
+
+    pools: tuple[int, ...]
+    lengths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    claims: int
+
+
 MARK = Point(num_generators=1, num_groups=1024)  # where the marks below are meant
+FULL = Extent(pools=(1, 4, 16), lengths=(1024, 5120, 20480), blocks=(1, 2, 32), claims=8192)
+QUICK = Extent(pools=(1, 4), lengths=(1024, 2048), blocks=(), claims=2048)
 MARK_GROUPS_PER_S, MARK_CLAIMS_PER_S = 200.0, 2000.0
 
 
@@ -75,8 +89,8 @@ def main(json: bool = False, quick: bool = False) -> None:
 
 def run(*, quick: bool = False, progress: bool = False) -> dict[str, Any]:
     """All measurements as plain data; with progress, tables are printed as they grow."""
-    pools, lengths, blocks = ((1, 4), (1024, 2048), ()) if quick else ((1, 4, 16), (1024, 5120, 20480), (1, 2, 32))
-    claims_each = 2048 if quick else 8192
+    extent = QUICK if quick else FULL
+    shortest, *longer = extent.lengths
 
     def show(text: str) -> None:
         if progress:
@@ -85,11 +99,13 @@ def run(*, quick: bool = False, progress: bool = False) -> dict[str, Any]:
     with embedded_ray():
         steps = measure_steps()
         show("One step of a group's way alone, CPU ms\n\n" + _steps_table(steps))
-        claims = [measure_claims(n, per_call, claims_each) for n in pools for per_call in (1, MARK.groups_per_block)]
+        claims = [
+            measure_claims(n, per_call, extent.claims) for n in extent.pools for per_call in (1, MARK.groups_per_block)
+        ]
         show("Claims\n\n" + _claims_table(claims))
-        points = [replace(MARK, num_generators=n, num_groups=lengths[1]) for n in pools]
-        points += [replace(MARK, num_groups=n) for n in lengths if n != lengths[1]]
-        points += [replace(MARK, num_groups=1024, groups_per_block=size) for size in blocks]
+        points = [replace(MARK, num_generators=n, num_groups=shortest) for n in extent.pools]
+        points += [replace(MARK, num_groups=n) for n in longer]
+        points += [replace(MARK, num_groups=shortest, groups_per_block=size) for size in extent.blocks]
         streams = []
         for point in points:
             streams.append(measure_stream(point))
@@ -103,7 +119,7 @@ def run(*, quick: bool = False, progress: bool = False) -> dict[str, Any]:
     }
 
 
-def measure_steps() -> dict[str, float]:
+def measure_steps(num: int = 512) -> dict[str, float]:
     """CPU ms per group of what a group goes through, each alone; calls: both processes together."""
     import ray
 
@@ -114,7 +130,7 @@ def measure_steps() -> dict[str, float]:
         table_to_scored_groups,
     )
 
-    num, per_block = 512, MARK.groups_per_block
+    per_block = MARK.groups_per_block
     prompts = prompt_set()
     generator = start_actor(InstantGenerator, "generator-0", max_concurrency=1000)
     ray.get(generator.load_weights.remote(0, [ray.put(0)]))
@@ -185,6 +201,7 @@ def measure_stream(point: Point) -> StreamCost:
     with roles(
         point.num_generators, groups_per_step=point.groups_per_step, max_staleness=point.max_staleness
     ) as controller:
+        ray.get(controller.status.remote())  # it is up
         begin_s = time.time()
         dataset = segment_dataset(
             SEGMENT,

@@ -198,6 +198,8 @@ class RolloutController:
         if len(failures) >= MAX_ATTEMPTS:
             return replace(claim, error=f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures))
         where = WITHOUT_GENERATOR if self._admits(ticket) else AT_THE_GATE
+        if ticket in self._claims:  # of a rollout stage that died: Ray Data repeats its block
+            self._pool.give_back(self._claims[ticket].where)
         pending = self._claims[ticket] = PendingClaim(ticket=ticket, where=where, since_s=time.monotonic())
         async with self._changed:
             await self._changed.wait_for(
@@ -207,7 +209,7 @@ class RolloutController:
                     or (self._admits(ticket) and self._pool.healthy)
                 )
             )
-            if stream != self._active_stream:
+            if stream != self._active_stream or self._claims.get(ticket) is not pending:
                 return _fenced(row)
             if self._pool.all_dead:
                 raise RuntimeError(self._pool.cause_of_death)
@@ -217,7 +219,7 @@ class RolloutController:
 
     async def claim_block(self, stream: int, rows: list[int], replacement: int = 0) -> list[Claim]:
         """The claims of rows that travel together: one call instead of many."""
-        return [await self.claim(stream, row, replacement) for row in rows]
+        return await asyncio.gather(*(self.claim(stream, row, replacement) for row in rows))
 
     def _admits(self, ticket: int) -> bool:
         bound = (self._version + self._max_staleness + 1) * self._groups_per_step
@@ -230,7 +232,9 @@ class RolloutController:
         restart: it may live, but must not be trusted any more (it hangs, or returns garbage)."""
         if stream != self._active_stream:
             return
-        self._claims.pop(ticket, None)
+        if ticket not in self._claims or self._claims[ticket].where != generator_name:
+            return  # it was claimed anew meanwhile
+        del self._claims[ticket]
         self._pool.give_back(generator_name)
         if generator_error is None:
             self._watchdog.progress()

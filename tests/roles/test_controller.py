@@ -225,6 +225,29 @@ def test_claims_go_to_the_generator_with_the_least_to_do():
     asyncio.run(run())
 
 
+def test_a_ticket_that_is_claimed_anew_counts_once_wherever_its_first_claim_was():
+    """Ray Data repeats the blocks of a rollout stage that died, at the gate or with a generator."""
+
+    async def run() -> None:
+        controller = make_controller(FakeGenerator("a"), FakeGenerator("b"))
+        stream = await begin(controller)
+        at_the_gate = [asyncio.create_task(controller.claim_block(stream, [0, 1])) for _ in range(2)]
+        await settle()
+        await controller.publish(0, WEIGHTS)
+        lost, claims = [await task for task in at_the_gate]
+        assert [claim.generator for claim in lost] == [None, None], "the newer claim counts"
+        assert [claim.generator_name for claim in claims] == ["a", "b"]
+        again = await controller.claim_block(stream, [0, 1])  # those two are lost as well
+        assert [claim.generator_name for claim in again] == ["a", "b"]
+        assert [(await controller.claim(stream, row)).generator_name for row in (2, 3)] == ["a", "b"]
+        both = [(claim.ticket, claim.generator_name, None, False) for claim in again]
+        await controller.release_block(stream, both)
+        await controller.release_block(stream, both)  # by one who was thought dead
+        assert [(await controller.claim(stream, row)).generator_name for row in (0, 1, 2, 3)] == ["a", "b", "a", "b"]
+
+    asyncio.run(run())
+
+
 def test_claims_of_streams_that_have_ended_are_fenced():
     async def run() -> None:
         controller = make_controller(FakeGenerator("a"))
