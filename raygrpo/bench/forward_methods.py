@@ -76,9 +76,9 @@ def prefix_grouper(model: PreTrainedModel, groups: Sequence[Group]) -> Forward:
     widest = max(max(row) for row in lengths)
     causal = torch.ones(widest, context + widest, dtype=torch.bool, device=model.device).tril_(context)[None, None]
 
-    def attend(q, k, v, _, module, **options) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, *args, **kwargs) -> Tensor:
         mask = None if q.shape[2] == k.shape[2] else causal.expand(q.shape[0], -1, -1, -1)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **options)[0]
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, q, k, v, mask, **kwargs)[0]
 
     def attention(module, q, k, v, attention_mask, **options):
         return AttentionForward(attend)(grouper, q, k, v, module, **options), None
@@ -124,4 +124,6 @@ def _head(model: PreTrainedModel, hidden: Tensor, rows: Tensor, groups: Sequence
     targets = torch.tensor([token for _, members in groups for member in members for token in member])
     rows, token_rows = rows.to(hidden.device).unique(return_inverse=True)
     request = HeadRequest(token_rows, targets.to(hidden.device))
-    return token_logprobs(hidden[rows], model.get_output_embeddings().weight, None, request)[0]
+    head = model.get_output_embeddings()
+    assert head is not None
+    return token_logprobs(hidden[rows], head.weight, None, request)[0]

@@ -29,7 +29,7 @@ from raygrpo.bench.pipeline_roles import (
     roles,
     start_actor,
 )
-from raygrpo.bench.processes import KINDS, CpuWatch, cpu_seconds_of
+from raygrpo.bench.processes import KINDS, REST, THIS, CpuWatch, cpu_seconds_of
 from raygrpo.bench.tables import table
 from raygrpo.config import RewardConfig
 from raygrpo.rewards import Scorer
@@ -226,7 +226,7 @@ def measure_stream(point: Point) -> StreamCost:
         groups_per_s=rate,
         build_s=build_s,
         start_s=first_s - begin_s,
-        cpu_ms={kind: 1000 * value / (rate * seconds) for kind, value in cpu.items() if kind in KINDS.values()},
+        cpu_ms={kind: 1000 * value / (rate * seconds) for kind, value in cpu.items() if kind != THIS},
     )
 
 
@@ -253,7 +253,7 @@ def _streams_table(streams: list[StreamCost]) -> str:
 
 
 def _processes_table(streams: list[StreamCost]) -> str:
-    kinds = sorted({kind for cost in streams for kind in cost.cpu_ms}, key=list(KINDS.values()).index)
+    kinds = sorted({kind for cost in streams for kind in cost.cpu_ms}, key=[*KINDS.values(), REST].index)
     header = ["generators", "groups", "a block", *kinds]
     rows = []
     for cost in streams:

@@ -44,6 +44,7 @@ class CpuWatch:
             self._samples.append((time.time(), cpu_seconds()))
 
 
+THIS, REST = "this process", "the rest"
 KINDS = {  # in a process's command line -> what the table calls it
     "RolloutController": "controller",
     "InstantGenerator": "generators",
@@ -51,6 +52,8 @@ KINDS = {  # in a process's command line -> what the table calls it
     "RewardStage": "reward workers",
     "rewards.child": "reward workers",
     "SplitCoordinator": "Ray Data's loop",
+    "_StatsActor": "Ray Data's loop",
+    "ActorLocationTracker": "Ray Data's loop",
     "NullLearner": "learner",
     "raylet": "raylet, GCS",
     "gcs_server": "raylet, GCS",

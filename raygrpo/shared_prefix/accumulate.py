@@ -123,6 +123,7 @@ class _Run:
         encoded = _flat(PrefixState(*run_request(self.model, request)))
         leaves = [tensor.detach().requires_grad_() for tensor in encoded]
         for part in parts:
+            assert index is not None
             batch = SharedPrefixBatch.continuing(prompt, [completions[member] for member in part])
             self._backward(batch, [(index, member) for member in part], _unflat(leaves))
         for _ in range(total - len(parts)):
@@ -145,7 +146,8 @@ class _Run:
         )
         loss = self.loss_fn(scores.logprobs, part)
         self.loss += float(loss.detach())
-        self.scored.append((part.tokens, CompletionScores(*(x if x is None else x.detach() for x in scores))))
+        entropy = None if scores.entropy is None else scores.entropy.detach()
+        self.scored.append((part.tokens, CompletionScores(scores.logprobs.detach(), entropy)))
         self.backward(loss)
 
     def _tokens(self, index: int, member: int) -> Tensor:
@@ -157,13 +159,16 @@ class _Run:
         if not self.scored:
             empty = torch.full((self.first_token[-1],), torch.nan)
             return Accumulated(self.loss, empty, empty.clone() if self.entropy else None)
-        columns = []
-        for column in range(2 if self.entropy else 1):
-            values = self.scored[0][1].logprobs.new_full((self.first_token[-1],), torch.nan)
-            for tokens, scores in self.scored:
-                values[tokens] = scores[column]
-            columns.append(values)
-        return Accumulated(self.loss, columns[0], columns[1] if self.entropy else None)
+        logprobs = self._gathered([(tokens, scores.logprobs) for tokens, scores in self.scored])
+        entropy = [(tokens, scores.entropy) for tokens, scores in self.scored if scores.entropy is not None]
+        return Accumulated(self.loss, logprobs, self._gathered(entropy) if entropy else None)
+
+    def _gathered(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Values of all completion tokens, [S], from (which tokens, their values)."""
+        values = pieces[0][1].new_full((self.first_token[-1],), torch.nan)
+        for tokens, piece in pieces:
+            values[tokens] = piece
+        return values
 
 
 class _GradientsOf(torch.autograd.Function):

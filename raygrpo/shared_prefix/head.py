@@ -104,7 +104,7 @@ class _ChunkedHead(torch.autograd.Function):
             if tanh is not None:
                 d_logits *= 1 - tanh.square()
             d_logits = d_logits.to(hidden.dtype)
-            if need_hidden:
+            if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[span])
             if need_weight:
                 d_weight = _plus_product(d_weight, d_logits.T, hidden[span], precision)

@@ -77,7 +77,7 @@ def _narrowed(ordinary: Callable) -> Callable:
             unread = read[:1]  # its keys and values are overwritten
         kwargs["shared_prefix"] = last = LastLayer(run, plan, unread, read)
         attention_args, attention_kwargs = _until_attention(ordinary, self, _take(hidden, unread), kwargs, unread)
-        self.self_attn(*attention_args, **attention_kwargs)
+        self.get_submodule("self_attn")(*attention_args, **attention_kwargs)
         last.is_first_run = False
         run.returned_rows = read
         return ordinary(self, _take(hidden, read), **_take_all(kwargs, read))
@@ -100,7 +100,7 @@ def _until_attention(ordinary: Callable, layer: nn.Module, hidden: Tensor, kwarg
     def stop(_: nn.Module, args: tuple, kwargs: dict) -> NoReturn:
         raise _Reached(args, kwargs)
 
-    hook = layer.self_attn.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    hook = layer.get_submodule("self_attn").register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         ordinary(layer, hidden, **_take_all(kwargs, rows))
     except _Reached as reached:

@@ -80,7 +80,7 @@ def enable_shared_prefix(model: nn.Module, attention: str = "auto", *, self_chec
     backend = BackendChoice(attention)
     if "_shared_prefix" not in vars(decoder_lm):
         decoder_lm.forward = MethodType(_with_keyword(type(decoder_lm).forward, _run), decoder_lm)
-    decoder_lm._shared_prefix = _State(backend, unchecked=self_check)
+    vars(decoder_lm)["_shared_prefix"] = _State(backend, unchecked=self_check)
 
 
 def completion_logprobs(model: nn.Module, batch: SharedPrefixBatch, temperature: float = 1.0) -> Tensor:
@@ -123,9 +123,8 @@ class _Pass:
 
     def __init__(self, plan: AttentionPlan, state: _State, request: Request):
         self.plan, self.backend, self.check = plan, state.backend, state.unchecked
-        self.prefix = request.prefix
-        # Keys and values by layer, where they are wanted.
-        self.layers: dict[int, tuple[Tensor, Tensor]] | None = {} if request.encode_only else None
+        self.prefix, self.keeps_layers = request.prefix, request.encode_only
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, if they are kept
         self.returned_rows: Tensor | None = None  # rows that the last layer returns, ascending, if not all
         self.num_calls = 0
         self.finished = False  # what a checkpoint recomputes afterwards is not counted
@@ -144,8 +143,7 @@ def _with_keyword(ordinary: Callable, special: Callable) -> Callable:
 
 def _head(model: PreTrainedModel) -> nn.Linear:
     """The LM head, taught the keyword too. Looked up in every pass: adapters and a resized vocabulary replace it."""
-    head = model.get_output_embeddings()
-    check_head(head)
+    head = check_head(model.get_output_embeddings())
     if "forward" not in vars(head):
         head.forward = MethodType(_with_keyword(type(head).forward, _run_head), head)
     return head
@@ -157,9 +155,9 @@ def _run_head(head: nn.Linear, hidden: Tensor, request: HeadRequest) -> tuple[Te
 
 def _run(model: PreTrainedModel, request: Request) -> tuple:
     """model(shared_prefix=request), inside the model's own forward."""
-    state: _State = model._shared_prefix
+    state: _State = vars(model)["_shared_prefix"]
     check_batch(model, request.batch)
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     batch = request.batch.to(device)
     if model.training:
         check_modules(model.named_modules())
@@ -180,6 +178,11 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
             "interface: some of its layers mix tokens in another way, which a shared prefix would get wrong"
         )
     if request.encode_only:
+        if run.layers.keys() != set(range(expected)):
+            raise UnsupportedModelError(
+                f"the attention of {type(model).__name__} does not say which layer it is in, so that a group with more "
+                "than max_tokens cannot be split"
+            )
         layers = [run.layers[index] for index in range(expected)]
         return PrefixState(hidden[-1], *(tuple(tensors) for tensors in zip(*layers, strict=True)))
 
@@ -206,19 +209,19 @@ def _our_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention layers call ours meanwhile, and again whenever a checkpoint recomputes a layer."""
     configs = _configs(model)
     checkpointing = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
-    functions = [module._gradient_checkpointing_func for module in checkpointing]
+    functions = [vars(module)["_gradient_checkpointing_func"] for module in checkpointing]
 
     def through(checkpoint: Callable) -> Callable:
         return lambda layer, *args: checkpoint(functools.partial(_switched, configs, layer), *args)
 
     for module, checkpoint in zip(checkpointing, functions, strict=True):
-        module._gradient_checkpointing_func = through(checkpoint)
+        vars(module)["_gradient_checkpointing_func"] = through(checkpoint)
     try:
         with _switch(configs, IMPLEMENTATION):
             yield
     finally:
         for module, checkpoint in zip(checkpointing, functions, strict=True):
-            module._gradient_checkpointing_func = checkpoint
+            vars(module)["_gradient_checkpointing_func"] = checkpoint
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -278,16 +281,18 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type):  # it casts what stock attention is given, which ours has to do itself
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
-    run, plan = shared_prefix, shared_prefix.plan
     if isinstance(shared_prefix, LastLayer):
-        run = shared_prefix.run
+        run: _Pass = shared_prefix.run
         if shared_prefix.is_first_run:
             shared_prefix.keep(k, v)
-            return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[-1]), None
+            return q.new_zeros(1, *q.shape[:2], v.shape[-1]), None  # nothing reads it
         k, v = shared_prefix.join(k, v)
-    external = None if run.prefix is None else (run.prefix.keys[module.layer_idx], run.prefix.values[module.layer_idx])
+    else:
+        run = shared_prefix
+    layer = vars(module).get("layer_idx", name)
+    external = None if run.prefix is None else (run.prefix.keys[layer], run.prefix.values[layer])
     kind = {
-        "plan": plan,
+        "plan": shared_prefix.plan,
         "scale": q.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": sliding_window,
         "softcap": softcap,
@@ -296,10 +301,10 @@ def _attention(
     out = run.backend.attend(q, k, v, **kind)
     if not run.finished:
         run.num_calls += 1
-        if run.layers is not None:
-            run.layers[module.layer_idx] = (k, v)
+        if run.keeps_layers:
+            run.layers[layer] = (k, v)
         if run.check:
-            check_attention(out, q, k, v, layer=getattr(module, "layer_idx", name), **kind)
+            check_attention(out, q, k, v, layer=layer, **kind)
     return out[None], None
 
 
@@ -311,7 +316,7 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "is_prompt_learning", False):
             raise UnsupportedModelError(f"{adapter.peft_type} puts virtual tokens before every sequence; use LoRA")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(model, "get_base_model", lambda: model)()
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model (nor a PEFT model of one); "

@@ -38,20 +38,23 @@ def check_model(model: PreTrainedModel) -> None:
     if not model._supports_attention_backend:
         raise UnsupportedModelError(f"{name} does not call attention through transformers' AttentionInterface")
     check_head(model.get_output_embeddings())
+    if not isinstance(model.get_decoder(), PreTrainedModel):
+        raise UnsupportedModelError(f"{name} does not say where its layers are: get_decoder() is not a model")
     if getattr(config, "output_router_logits", False):
         raise UnsupportedModelError(
             f"{name}: output_router_logits asks for a router loss, which is not computed here; set it to False"
         )
     for key, value in config.to_dict().items():
-        if _is_dropout(key) and isinstance(value, float) and value > 0:
+        if (_is_dropout(key) or "jitter" in key) and isinstance(value, float) and value > 0:
             raise UnsupportedModelError(f"{name}: config.{key} is {value}, log-probabilities are random; set it to 0")
     check_modules(model.named_modules())
 
 
-def check_head(head: nn.Module | None) -> None:
-    """Raise UnsupportedModelError for a head whose logits are more than one product with its weight."""
+def check_head(head: nn.Module | None) -> nn.Linear:
+    """The LM head; raise UnsupportedModelError for one whose logits are more than one product with its weight."""
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(f"the LM head is {type(head).__name__}, not a linear layer (leave adapters off it)")
+    return head
 
 
 def check_modules(named_modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -38,7 +38,9 @@ def prompt_tree(prompts: Sequence[list[int]], min_shared_head: int | None) -> tu
         return len(segments) - 1
 
     # Sorted prompts with a common head are neighbours, and the head of a run is that of its first and last prompt.
-    pending = [(sorted(range(len(prompts)), key=lambda index: prompts[index]), 0, None)]
+    pending: list[tuple[list[int], int, int | None]] = [
+        (sorted(range(len(prompts)), key=lambda index: prompts[index]), 0, None)
+    ]
     while pending:
         run, start, parent = pending.pop()
         if not run:
@@ -49,6 +51,7 @@ def prompt_tree(prompts: Sequence[list[int]], min_shared_head: int | None) -> tu
         ended = [index for index in run if len(prompts[index]) == head]
         if ended:
             node = add(prompts[ended[0]][start:], parent)
+            assert node is not None  # no prompt is empty
             for index in ended:
                 ends[index] = node
         rest = run[len(ended) :]

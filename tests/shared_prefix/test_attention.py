@@ -1,5 +1,7 @@
 """Every backend equals masked attention written out in full, outputs and gradients, on random trees."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +17,8 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 
 def written_out(q, k, v, plan, *, scale, window, softcap, external):
-    """Attention with a full [T, E + T] mask, from the parents of segments alone."""
-    segment = torch.repeat_interleave(torch.arange(len(plan.parents)), torch.tensor(plan.own.q_lens))
+    """Attention with a full [T, E + T] mask, from the parents of segments alone; of it the rows of the queries."""
+    segment = torch.repeat_interleave(torch.arange(len(plan.parents)), torch.tensor(plan.own.k_lens))
     position = torch.arange(len(segment)) - torch.tensor(plan.starts)[segment] + torch.tensor(plan.offsets)[segment]
     above = torch.eye(len(plan.parents), dtype=torch.bool)
     for index, parent in enumerate(plan.parents):
@@ -26,13 +28,18 @@ def written_out(q, k, v, plan, *, scale, window, softcap, external):
     key_position = position
     if external is not None:
         k, v = torch.cat([external[0], k]), torch.cat([external[1], v])
-        seen = torch.cat([torch.ones(len(q), plan.num_external, dtype=torch.bool), seen], 1)
+        seen = torch.cat([torch.ones(len(segment), plan.num_external, dtype=torch.bool), seen], 1)
         key_position = torch.cat([torch.arange(plan.num_external), position])
     distance = position[:, None] - key_position
     seen &= distance >= 0
     if window is not None:
         seen &= distance < window
-    seen, repeats = seen.to(q.device), q.shape[1] // k.shape[1]
+    queries = [
+        start + k_len - q_len + offset
+        for start, k_len, q_len in zip(plan.starts, plan.own.k_lens, plan.own.q_lens, strict=True)
+        for offset in range(q_len)
+    ]
+    seen, repeats = seen[queries].to(q.device), q.shape[1] // k.shape[1]
     scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(repeats, 1)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -42,8 +49,8 @@ def written_out(q, k, v, plan, *, scale, window, softcap, external):
 
 def tensors(plan, heads, kv_heads, size, dtype=torch.float64, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
-    rows, extra = sum(plan.own.q_lens), plan.num_external
-    shapes = [(rows, heads, size), (rows, kv_heads, size), (rows, kv_heads, size)]
+    extra, keys = plan.num_external, (sum(plan.own.k_lens), kv_heads, size)
+    shapes = [(sum(plan.own.q_lens), heads, size), keys, keys]
     shapes += [(extra, kv_heads, size)] * 2 if extra else []
     made = [torch.randn(s, generator=g, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
     return made, torch.randn(shapes[0], generator=g, dtype=torch.float64).to(device, dtype)
@@ -72,10 +79,10 @@ FOREST = [
 
 
 @settings(max_examples=40, deadline=None)
-@given(forests(), st.sampled_from(KINDS), st.sampled_from(["auto", "dense"]))
-def test_attention_on_random_trees(segments, kind, name):
+@given(forests(), st.sampled_from(KINDS), st.sampled_from(["auto", "dense"]), st.booleans())
+def test_attention_on_random_trees(segments, kind, name, last_layer):
     plan = SharedPrefixBatch.from_tree(segments).plan
-    check(name, plan, tolerance=1e-12, window=kind[0], softcap=kind[1])
+    check(name, plan.last_layer if last_layer else plan, tolerance=1e-12, window=kind[0], softcap=kind[1])
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (130, None), (30, 1.5)])
@@ -86,20 +93,22 @@ def test_attention_behind_a_prefix_that_was_encoded_before(window, softcap):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_attention_in_other_precisions(dtype, tolerance):
-    plan = SharedPrefixBatch.from_tree(FOREST).plan
-    for window in (None, 100):
+    whole = SharedPrefixBatch.from_tree(FOREST).plan
+    for plan, window in itertools.product((whole, whole.last_layer), (None, 100)):
         check("cpu-flash", plan, tolerance=tolerance, dtype=dtype, size=16, window=window, softcap=None)
 
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("external", [0, 200])
-def test_flex_forward_and_block_mask(window, softcap, external):
+@pytest.mark.parametrize("last_layer", [False, True])
+def test_flex_forward_and_block_mask(window, softcap, external, last_layer):
     """Uncompiled, on the CPU: forward only, which is all that torch allows there."""
     segments = [range(150), range(40), range(130), range(300)]
     plan = (
         SharedPrefixBatch.continuing(range(external), segments) if external else SharedPrefixBatch.from_tree(FOREST)
     ).plan
+    plan = plan.last_layer if last_layer else plan
     inputs, _ = tensors(plan, 4, 2, 16, torch.float32)
     q, k, v, *rest = (x.detach() for x in inputs)
     kind = {"scale": 0.4, "window": window, "softcap": softcap, "external": tuple(rest) or None}
@@ -136,7 +145,8 @@ def test_a_named_backend_that_cannot_refuses():
 @pytest.mark.parametrize("name", [pytest.param(name, marks=cuda) for name in ("aten-flash", "flash-attn", "flex")])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (None, 1.5), (100, 1.5)])
 @pytest.mark.parametrize("external", [False, True])
-def test_attention_on_cuda(name, window, softcap, external):
+@pytest.mark.parametrize("last_layer", [False, True])
+def test_attention_on_cuda(name, window, softcap, external, last_layer):
     if name == "flash-attn":
         pytest.importorskip("flash_attn")
     if name == "aten-flash" and softcap:
@@ -146,6 +156,5 @@ def test_attention_on_cuda(name, window, softcap, external):
         if external
         else SharedPrefixBatch.from_tree(FOREST)
     )
-    check(
-        name, batch.plan, tolerance=3e-2, dtype=torch.bfloat16, device="cuda", size=64, window=window, softcap=softcap
-    )
+    plan = batch.plan.last_layer if last_layer else batch.plan
+    check(name, plan, tolerance=3e-2, dtype=torch.bfloat16, device="cuda", size=64, window=window, softcap=softcap)

@@ -9,6 +9,7 @@ import torch
 from raygrpo.shared_prefix import SharedPrefixBatch, completion_logprobs, enable_shared_prefix, score_completions
 from tests.shared_prefix.tiny import (
     ARCHITECTURES,
+    OTHER_ARCHITECTURES,
     VOCABULARY,
     float64_norms,
     gradients,
@@ -41,6 +42,16 @@ def test_equals_one_forward_per_completion_to_1e_10_in_float64(architecture, che
     enable_shared_prefix(model)
     with float64_norms(model):
         value_error, gradient_error = compare(model, ragged_groups(), temperature=0.7)
+    assert value_error < 1e-10
+    assert gradient_error < 1e-10
+
+
+@pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
+def test_other_architectures_to_1e_10_in_float64(architecture):
+    model = tiny_model(architecture)
+    enable_shared_prefix(model)
+    with float64_norms(model):
+        value_error, gradient_error = compare(model, ragged_groups(8))
     assert value_error < 1e-10
     assert gradient_error < 1e-10
 
@@ -197,6 +208,63 @@ def test_backward_twice_through_one_graph():
     once = {name: p.grad.clone() for name, p in model.named_parameters()}
     loss.backward()
     assert all(torch.allclose(p.grad, 2 * once[name], rtol=1e-12) for name, p in model.named_parameters())
+
+
+def test_many_groups_whose_prompts_repeat_and_continue_each_other():
+    """200 groups in one stream: prompts that are the beginning of others, equal ones, one token over and over."""
+    g = torch.Generator().manual_seed(0)
+    long = random_ids(12, g)
+    groups = [(long[: 1 + i % 12], [random_ids(1 + i % 3, g) for _ in range(i % 4)]) for i in range(150)]
+    groups += [([7] * (1 + i % 9), [[7] * (i % 5), [7] * 3]) for i in range(50)]
+    model = tiny_model("qwen3")
+    enable_shared_prefix(model)
+    with float64_norms(model):
+        for min_shared_head in (None, 1, 4):
+            batch = SharedPrefixBatch.from_groups(groups, min_shared_head=min_shared_head)
+            value_error, gradient_error = compare(model, groups, batch=batch)
+            assert max(value_error, gradient_error) < 1e-10, min_shared_head
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 50.0])
+def test_extreme_temperatures(temperature):
+    model = tiny_model("cohere2")
+    enable_shared_prefix(model)
+    with float64_norms(model):
+        value_error, gradient_error = compare(model, ragged_groups(9), temperature)
+    assert value_error < 1e-10 / min(temperature, 1.0)
+    assert gradient_error < 1e-9
+
+
+def test_evaluation_without_gradients_and_training_agree():
+    model = tiny_model("qwen3")
+    enable_shared_prefix(model)
+    batch = SharedPrefixBatch.from_groups(ragged_groups())
+    training = completion_logprobs(model, batch)
+    model.eval()
+    with torch.no_grad():
+        evaluation = completion_logprobs(model, batch)
+    assert training.requires_grad and not evaluation.requires_grad
+    assert torch.equal(training.detach(), evaluation)
+
+
+def test_enabling_again_changes_the_backend_and_nothing_else():
+    model = tiny_model("qwen3")
+    enable_shared_prefix(model)
+    batch = SharedPrefixBatch.from_groups(ragged_groups())
+    before = completion_logprobs(model, batch)
+    enable_shared_prefix(model, attention="dense")
+    assert (completion_logprobs(model, batch) - before).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "o_proj", "all-linear"])
+def test_adapters_on_other_modules(target):
+    base = tiny_model("qwen3")
+    config = peft.LoraConfig(r=4, target_modules=target if "-" in target else [target], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).double()
+    enable_shared_prefix(model)
+    with float64_norms(base):
+        value_error, gradient_error = compare(model, ragged_groups(4))
+    assert max(value_error, gradient_error) < 1e-10
 
 
 def test_autocast_is_as_close_to_float64_as_the_ordinary_forward_is():

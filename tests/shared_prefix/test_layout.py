@@ -116,6 +116,33 @@ def test_prompt_tree_spells_every_prompt_and_shares_all_long_heads(prompts, min_
         assert sum(len(segment.ids) for segment in segments) == len(beginnings)
 
 
+@settings(max_examples=150, deadline=None)
+@given(groups_of_ids, st.none() | st.integers(1, 3))
+def test_the_last_layer_queries_the_rows_that_predict_and_few_others(groups, min_shared_head):
+    batch = SharedPrefixBatch.from_groups(groups, min_shared_head=min_shared_head)
+    plan = batch.plan.last_layer
+    read = plan.query_rows.tolist()
+    assert set(batch.token_rows.tolist()) <= set(read)
+    assert sorted([*read, *plan.other_rows.tolist()]) == list(range(batch.num_tokens))
+    prompts, completions = len(batch.plan.parents), batch.num_completion_tokens
+    lone = sum(len(prompt) for prompt, members in groups if sum(map(bool, members)) == 1)  # is one with its completion
+    assert len(read) <= prompts + completions + lone
+    # Each query sees what it saw before.
+    seen = seen_by_calls(batch)
+    counts = torch.zeros(len(read), batch.num_tokens, dtype=torch.long)
+    q = 0
+    for start, k_len, q_len in zip(plan.starts, plan.own.k_lens, plan.own.q_lens, strict=True):
+        for offset in range(k_len - q_len, k_len):
+            counts[q, start : start + offset + 1] += 1
+            q += 1
+    for call in plan.above:
+        q, k = call.q_start, call.k_start
+        for q_len, k_len in zip(call.q_lens, call.k_lens, strict=True):
+            counts[q : q + q_len, k : k + k_len] += 1
+            q, k = q + q_len, k + k_len
+    assert torch.equal(counts, seen[read])
+
+
 def test_two_levels_are_contiguous_views_and_one_call():
     batch = SharedPrefixBatch.from_groups([([1] * 3, [[2] * 2, [3] * 4]), ([4] * 5, [[5], [6] * 2, [7] * 3])])
     (call,) = batch.plan.above

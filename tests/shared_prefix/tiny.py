@@ -48,6 +48,36 @@ ARCHITECTURES = {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1,
     },
 }  # fmt: skip
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_NO_DROPOUT = {
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "head_dim": 4, "num_key_value_heads": 4}  # fmt: skip
+OTHER_ARCHITECTURES = {  # biases, layer norms, parallel residuals, learned positions, latent attention, routed experts
+    "apertus": {},
+    "deepseek_v3": {**_MOE, **_MLA, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "ernie4_5": {},
+    "exaone4": _MIXED,
+    "gemma": {},
+    "gpt2": {**_NO_DROPOUT, "n_embd": 32, "n_head": 4, "n_layer": 2},
+    "gpt_neox": {},
+    "granitemoe": _MOE,
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "mixtral": {**_MOE, "sliding_window": 5},
+    "olmo3": _MIXED,
+    "opt": {"dropout": 0.0, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "persimmon": {"hidden_dropout": 0.0},
+    "phi": {},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
+    "seed_oss": _NO_DROPOUT,
+    "starcoder2": {**_NO_DROPOUT, "embedding_dropout": 0.0, "sliding_window": 5},
+}
 
 
 def tiny_model(
@@ -55,11 +85,13 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random decoder in training mode. gemma2 uses eager attention: transformers' sdpa leaves softcaps out."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **{**_BASE, **ARCHITECTURES.get(architecture, {}), **options})
+    config = AutoConfig.for_model(
+        architecture, **{**_BASE, **(ARCHITECTURES | OTHER_ARCHITECTURES).get(architecture, {}), **options}
+    )
     model = AutoModelForCausalLM.from_config(config).to(dtype).train()
     if architecture == "gemma2":
         model.set_attn_implementation("eager")
-    if architecture == "qwen3_moe":
+    if "num_experts_per_tok" in config.to_dict():
         model.set_experts_implementation("eager")  # the grouped kernel has no float64
     with torch.no_grad():
         for parameter in model.parameters():

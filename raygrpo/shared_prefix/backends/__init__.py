@@ -109,7 +109,10 @@ class BackendChoice:
         refusals = []
         for name in names:
             backend = self._make(name)
-            refusal = backend if isinstance(backend, str) else backend.refusal(q, v, window=window, softcap=softcap)
+            if isinstance(backend, str):
+                refusals.append(f"{name}: {backend}")
+                continue
+            refusal = backend.refusal(q, v, window=window, softcap=softcap)
             if refusal is None:
                 self._announce(name, refusals)
                 return backend.attend(q, k, v, window=window, softcap=softcap, **rest)

@@ -47,10 +47,10 @@ class CpuFlash:
             pairs = ((d_out, q_rows), (q, q_rows), (k, k_rows), (v, k_rows), (out, q_rows), (lse, q_rows))
             inputs = [_blocks(x, rows, blocks) for x, rows in pairs]
             is_causal, mask = _causality(inputs[1], inputs[2], causal, window)
-            parts = _backward(*inputs, 0.0, is_causal, attn_mask=mask, scale=scale)
+            dq_part, dk_part, dv_part = map(_rows, _backward(*inputs, 0.0, is_causal, attn_mask=mask, scale=scale))
             if len(runs) == 1 and k_rows.stop - k_rows.start == len(k):
-                return tuple(_rows(part) for part in parts)
-            dq[q_rows], dk[k_rows], dv[k_rows] = (_rows(part) for part in parts)
+                return dq_part, dk_part, dv_part
+            dq[q_rows], dk[k_rows], dv[k_rows] = dq_part, dk_part, dv_part
         return dq, dk, dv
 
 

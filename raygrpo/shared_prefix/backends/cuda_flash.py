@@ -7,6 +7,8 @@ with tokens can be above another.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -40,9 +42,7 @@ class FlashAttnPackage:
     """The flash-attn package, version 2.6 or newer: softcap too."""
 
     def __init__(self):
-        from flash_attn import flash_attn_interface
-
-        self._kernels = flash_attn_interface
+        self._kernels = importlib.import_module("flash_attn.flash_attn_interface")
 
     def refusal(self, q: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
         return _refusal(q, v)

@@ -138,8 +138,9 @@ def _preorder(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     """For each segment the interval [tin, tout) of pre-order numbers of its subtree."""
     size = [1] * len(plan.parents)
     for segment in reversed(range(len(size))):
-        if plan.parents[segment] is not None:
-            size[plan.parents[segment]] += size[segment]
+        above = plan.parents[segment]
+        if above is not None:
+            size[above] += size[segment]
     free = 0
     next_free: list[int] = []  # where the next child of a segment starts
     tin = []

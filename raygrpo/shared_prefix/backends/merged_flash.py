@@ -70,7 +70,7 @@ class MergedFlash:
         if window is None or plan.max_position < window:
             return _Segments.apply(q, k, v, k_external, v_external, plan, self.kernel, scale, softcap)
         if external is not None:
-            k, v = torch.cat([k_external, k]), torch.cat([v_external, v])
+            k, v = (torch.cat(pair) for pair in zip(external, (k, v), strict=True))
         call, key_rows = plan.windowed(window)
         return _Windows.apply(q, k, v, key_rows.to(k.device), call, self.kernel, scale, window, softcap)
 
