@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from raygrpo.config import RunConfig
+
+Result = TypeVar("Result")
 
 app = typer.Typer(
     help="GRPO post-training on Ray: vLLM generators, verifiable rewards, shared-prefix DeepSpeed learners.",
@@ -139,13 +145,13 @@ def bench_pipeline(
     run(json=json, quick=quick)
 
 
-def _load(config: Path, overrides: list[str] | None):
+def _load(config: Path, overrides: list[str] | None) -> RunConfig:
     from raygrpo.config import load_config
 
     return _or_exit(lambda: load_config(config, overrides))
 
 
-def _or_exit(action):
+def _or_exit(action: Callable[[], Result]) -> Result:
     """The action's result; what a user got wrong becomes a message, without a traceback."""
     try:
         return action()
@@ -153,7 +159,7 @@ def _or_exit(action):
         _fail(str(error))
 
 
-def _fail(message: str):
+def _fail(message: str) -> NoReturn:
     typer.secho(f"raygrpo: {message}", fg="red", err=True)
     sys.exit(1)
 

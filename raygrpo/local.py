@@ -101,7 +101,8 @@ def join_process_group(config: RunConfig) -> None:
         return
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if config.learner.num_gpus else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 class LocalRun:

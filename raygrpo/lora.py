@@ -28,7 +28,7 @@ def add_adapters(model: nn.Module, settings: LoraConfig) -> PeftModel:
 
     config = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
         target_modules=settings.target_modules,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",

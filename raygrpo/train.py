@@ -95,8 +95,8 @@ def train(
             status = "KILLED"
             raise
         finally:
-            history = ray.get(tracker.history.remote())
-            links = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
+            history: Any = ray.get(tracker.history.remote())
+            links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
             for actor in (*generators.values(), controller, tracker):
                 ray.kill(actor)  # on a cluster that goes on after us
     return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
@@ -171,7 +171,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> ActorHandle:
+def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> Any:
     import ray
 
     from raygrpo.tracking import Tracker
@@ -204,7 +204,7 @@ class GeneratorLauncher:
     max_model_len: int
     run_name: str
 
-    def __call__(self, name: str) -> ActorHandle:
+    def __call__(self, name: str) -> Any:
         import ray
 
         from raygrpo.roles.generator import Generator
@@ -227,7 +227,7 @@ class GeneratorLauncher:
         )
 
 
-def launch_controller(prepared: PreparedRun, run_dir: Path) -> ActorHandle:
+def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
     """`set_up` must follow."""
     import ray
 
@@ -305,9 +305,11 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         failure = error
-    stop_reason = ray.get(controller.status.remote()).stop_reason
-    if stop_reason is not None or failure is not None:
-        raise RuntimeError(stop_reason or root_cause(failure)) from failure
+    status: Any = ray.get(controller.status.remote())
+    if status.stop_reason is not None:
+        raise RuntimeError(status.stop_reason) from failure
+    if failure is not None:
+        raise RuntimeError(root_cause(failure)) from failure
 
 
 def root_cause(error: BaseException) -> str:
@@ -326,6 +328,7 @@ def _follow(
     """Tell the watcher what happens, and set up the controller whenever it is new, from a thread, while the body
     runs."""
     import ray
+    import ray.exceptions
 
     done = threading.Event()
 
@@ -337,7 +340,7 @@ def _follow(
         while not last:
             last, period_s = done.wait(period_s), POLL_S  # one more look after the end
             try:
-                status = ray.get(controller.status.remote(num_warnings["controller"]))
+                status: Any = ray.get(controller.status.remote(num_warnings["controller"]))
             except ray.exceptions.RayActorError:  # Ray starts it again, with no warnings yet
                 num_warnings["controller"] = 0
                 continue
@@ -354,7 +357,8 @@ def _follow(
             if status.version >= 0 and not training:
                 training = True
                 watcher.on_phase("training")
-            for step, metrics in ray.get(tracker.history.remote(next_step)).items():
+            history: Any = ray.get(tracker.history.remote(next_step))
+            for step, metrics in history.items():
                 watcher.on_step(step, metrics)
                 next_step = step + 1
 

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from raygrpo.data.order import prompt_index
 from raygrpo.data.render import BadRow, render_prompt
 from raygrpo.data.sources import SourceRow, read_rows
 from raygrpo.types import Prompt
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,7 +246,12 @@ def _tokenise(batch: list[_RenderedRow], tokenizer: PreTrainedTokenizerBase, che
     kept = []
     for row in batch:
         ids = token_ids[row.prompt_id]
-        if not row.is_chat and ids and ids[-1] == tokenizer.eos_token_id and not row.text.endswith(tokenizer.eos_token):
+        if (
+            not row.is_chat
+            and ids
+            and ids[-1] == tokenizer.eos_token_id
+            and not row.text.endswith(str(tokenizer.eos_token))
+        ):
             raise ValueError(
                 f"the tokenizer ends every text with its end-of-text token {tokenizer.eos_token!r}, so that nothing "
                 "could follow a prompt: set add_eos_token=false in its tokenizer_config.json; or give chats"

@@ -103,7 +103,7 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
             "a local file is named by a path that ends in .jsonl or .parquet."
         ) from error
     for number, columns in enumerate(dataset):
-        yield SourceRow(f"{name} ({split}), row {number}", columns)
+        yield SourceRow(f"{name} ({split}), row {number}", dict(columns))
 
 
 def _function_rows(name: str, args: dict[str, Any], import_paths: Sequence[str]) -> Iterator[SourceRow]:

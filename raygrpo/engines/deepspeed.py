@@ -83,6 +83,8 @@ class DeepSpeedEngine:
         # DeepSpeed allocates its reduction buckets whole, 2 GB each by default: no more than the parameters need.
         bucket_size = min(500_000_000, sum(p.numel() for p in parameters))
         config["zero_optimization"] = {"reduce_bucket_size": bucket_size} | config["zero_optimization"]
+        self._engine: Any
+        self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         self._is_zero3 = self._engine.zero_optimization_partition_weights()
 
@@ -132,14 +134,15 @@ class DeepSpeedEngine:
         once. Under ZeRO-3 in buckets,
         never the whole model at once: a tensor is valid until the next is asked for, and every rank must exhaust the
         iterator."""
-        wanted = [(n, p) for n, p in self._policy.named_parameters() if p.requires_grad or not trained_only]
+        named: Any = self._policy.named_parameters()
+        wanted = [(name, parameter) for name, parameter in named if parameter.requires_grad or not trained_only]
         if not self._is_zero3:
             for name, parameter in wanted:
                 yield name, parameter.detach()
             return
         import deepspeed
 
-        bucket: list[tuple[str, nn.Parameter]] = []
+        bucket: list[tuple[str, Any]] = []  # parameters with what DeepSpeed adds to them
         num_bytes = 0
         for name, parameter in wanted:
             bucket.append((name, parameter))

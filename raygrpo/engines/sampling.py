@@ -49,6 +49,7 @@ class SamplingEngine(Protocol):
         """Advance all groups by a token; returns (group id, index in the group, rollout) of the completions that this
         step finished.
         """
+        ...
 
     def abort_group(self, group_id: str) -> None:
         """Drop what is unfinished of the group; nothing of it is handed out any more. An unknown group is no error."""
@@ -56,6 +57,7 @@ class SamplingEngine(Protocol):
     @property
     def num_unfinished(self) -> int:
         """Completions begun and not yet handed out."""
+        ...
 
     def score(self, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
         """[C]: log-probability of each completion token under the engine's current weights, at temperature 1 and with
@@ -63,6 +65,7 @@ class SamplingEngine(Protocol):
 
         May be called while groups are being sampled. Computes everything anew: no cached prefix is used.
         """
+        ...
 
     def reset_prefix_cache(self) -> None:
         """Forget what was computed of prompts. Raises RuntimeError while completions are unfinished."""

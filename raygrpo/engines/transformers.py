@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class TransformersEngine:
     def __init__(self, model: ModelConfig, generator: GeneratorConfig, *, max_model_len: int, num_threads: int):
         torch.set_num_threads(num_threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
             model.path, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
         )
         self._model.to(self._device).eval().requires_grad_(False)

@@ -26,7 +26,6 @@ from raygrpo.types import Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm import RequestOutput
 
 # Read by vLLM and torch when they are imported.
 ENVIRONMENT = {
@@ -130,7 +129,7 @@ class VllmEngine:
         )
         self._groups: dict[str, list[str]] = {}  # group id -> vLLM's request ids, unfinished ones only
         self._samples: dict[str, tuple[str, int]] = {}  # request id -> (group id, index)
-        self._finished: list[RequestOutput] = []  # by a step that `score` made
+        self._finished: list[Any] = []  # by a step that `score` made
         self._num_scores = 0
         self.num_cached_tokens = 0
 
@@ -224,15 +223,15 @@ class VllmEngine:
 
         self._engine.add_request(request_id, tokens_input(prompt_ids), params)
 
-    def _step(self) -> list[RequestOutput]:
-        """The requests that finished. (Requests are phrased to be reported once, when they are done.)"""
+    def _step(self) -> list[Any]:
+        """The RequestOutputs that finished. (Requests are phrased to be reported once, when they are done.)"""
         try:
             outputs = self._engine.step()
         except Exception as error:
             raise EngineDeadError(f"vLLM failed in a step: {type(error).__name__}: {error}") from error
         return [output for output in outputs if output.finished]
 
-    def _rollout(self, output: RequestOutput) -> Rollout:
+    def _rollout(self, output: Any) -> Rollout:
         completion = output.outputs[0]
         completion_ids = list(completion.token_ids)
         logprobs = list(completion.logprobs.logprobs)

@@ -379,4 +379,4 @@ def _was_restarted() -> bool:
     """Whether Ray made this actor anew after it died."""
     import ray
 
-    return ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -17,7 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import ActorDiedError
 
@@ -47,7 +47,7 @@ class GeneratorPool:
         launch: Callable[[str], ActorHandle] | None = None,
     ):
         """launch: makes a generator of this name; without it the pool stays as it is."""
-        self.generators: dict[str, ActorHandle] = {}
+        self.generators: dict[str, Any] = {}  # handles
         self.healthy: set[str] = set()
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
         self.num_failures = 0

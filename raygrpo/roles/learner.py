@@ -331,12 +331,13 @@ def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, Mo
         torch.set_num_threads(learner.num_threads or max(1, cores // learner.num_workers))
     torch.manual_seed(config.seed)
 
-    def load() -> nn.Module:
-        model = AutoModelForCausalLM.from_pretrained(
+    def load() -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.model.path,
             dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
-        ).to(device)
+        )
+        model.to(device)
         enable_shared_prefix(model, attention=learner.attention)
         return model
 

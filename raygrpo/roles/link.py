@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.types import ScoredGroup, StepMetrics
 
@@ -30,6 +30,7 @@ EVICTION_POLL_S = 2.0
 class RunLink(Protocol):
     def begin_attempt(self, at_least: int) -> int:
         """The learners have started (again); returns the number of this attempt."""
+        ...
 
     def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
         """The first rows of the dataset `name` are the tickets from first_ticket on; the others stand for nothing."""
@@ -63,7 +64,8 @@ class RayLink:
     def begin_attempt(self, at_least: int) -> int:
         import ray
 
-        return ray.get(self.controller.begin_attempt.remote(at_least))
+        attempt: Any = ray.get(self.controller.begin_attempt.remote(at_least))
+        return attempt
 
     def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
         import ray
@@ -105,23 +107,29 @@ class RayLink:
         """Why learners that start now must not go on."""
         import ray
 
-        return ray.get(self.controller.status.remote()).stop_reason
+        status: Any = ray.get(self.controller.status.remote())
+        return status.stop_reason
 
     def leave_when_evicted(self) -> None:
         """From now on, end this process when the watchdog says so: one that hangs in a collective cannot do it
         itself. Ray Train then starts the gang again."""
         import ray
+        import ray.exceptions
 
-        first = ray.get(self.controller.status.remote()).num_evictions
+        def num_evictions() -> int:
+            status: Any = ray.get(self.controller.status.remote(), timeout=30)
+            return status.num_evictions
+
+        first = num_evictions()
 
         def watch() -> None:
             while True:
                 time.sleep(EVICTION_POLL_S)
                 try:
-                    status = ray.get(self.controller.status.remote(), timeout=30)
+                    now = num_evictions()
                 except ray.exceptions.RayError:  # a controller that is away; the learner's own calls will notice
                     continue
-                if status.num_evictions > first:
+                if now > first:
                     logger.error("the watchdog restarts the learners")
                     os._exit(1)
 
