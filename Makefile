@@ -30,9 +30,9 @@ HELD_OUT := pipelines/smollm2_cpu.yaml data.args.split=held_out data.args.num=20
 
 smollm2: install
 	$(BIN)/python pipelines/fetch_smollm2.py
-	$(BIN)/python pipelines/evaluate.py $(HELD_OUT)
+	$(BIN)/raygrpo evaluate $(HELD_OUT)
 	$(BIN)/raygrpo train pipelines/smollm2_cpu.yaml $(ARGS)
-	$(BIN)/python pipelines/evaluate.py $(HELD_OUT) model.path=runs/smollm2_cpu-latest/model
+	$(BIN)/raygrpo evaluate $(HELD_OUT) model.path=runs/smollm2_cpu-latest/model
 
 # verl is an oracle of the tests. Its requirements disagree with ours and its wheel holds a top-level package `tests`, so it lies apart.
 .venv/peers: .venv/installed

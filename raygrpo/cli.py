@@ -111,6 +111,39 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    samples: Annotated[int, typer.Option(min=1, help="Completions for each prompt.")] = 1,
+    show: Annotated[int, typer.Option(min=0, help="Print so many answers and completions.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of CPU kernels; by default all cores.")] = None,
+) -> None:
+    """Mean reward of a model on the prompts of CONFIG, sampled and scored as CONFIG says; nothing is trained.
+
+    Overrides name other prompts or another model, such as one that a run exported.
+
+    Example: raygrpo evaluate pipelines/smollm2_cpu.yaml data.args.split=held_out model.path=runs/smollm2_cpu-latest/model
+    """
+    import os
+
+    from raygrpo.evaluate import evaluate as run
+
+    settings = _load(config, overrides)
+    num_threads = threads or os.cpu_count() or 1
+    result = _or_exit(lambda: run(settings, config.parent, samples=samples, num_threads=num_threads))
+    for scored in result.groups[:show]:
+        rollout, reward = scored.group.rollouts[0], scored.rewards[0]
+        typer.echo(
+            f"  answer {scored.group.prompt.answer!r}, completion {rollout.text!r}: {reward.error or reward.total}"
+        )
+    failed = f"; {result.num_failed} failed to get a reward and count as 0" if result.num_failed else ""
+    typer.echo(
+        f"mean reward {result.mean:.3f} (standard error {result.standard_error:.3f}) of {samples} x "
+        f"{len(result.groups)} completions: {settings.model.path}{failed}"
+    )
+
+
 @bench.command("shared-prefix")
 def bench_shared_prefix(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
