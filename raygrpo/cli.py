@@ -123,7 +123,7 @@ def evaluate(
 
     Overrides name other prompts or another model, such as one that a run exported.
 
-    Example: raygrpo evaluate pipelines/smollm2_cpu.yaml data.args.split=held_out model.path=runs/smollm2_cpu-latest/model
+    Example: raygrpo evaluate my_run.yaml data.source=held_out.jsonl model.path=runs/my_run-latest/model --samples 4
     """
     import os
 

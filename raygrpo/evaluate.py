@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 
 from raygrpo.config import RunConfig
+from raygrpo.data import sample_seed
 from raygrpo.engines.sampling import make_engine
 from raygrpo.prepare import prepare
 from raygrpo.rewards import Scorer
@@ -47,8 +48,8 @@ def evaluate(config: RunConfig, config_dir: str | os.PathLike, *, samples: int, 
     prepared = prepare(config, str(config_dir))
     engine = make_engine(config.model, config.generator, max_model_len=prepared.max_model_len, num_threads=num_threads)
     for index, prompt in enumerate(prepared.prompts):
-        first = (config.seed << 32) + index * samples
-        engine.add_group(str(index), prompt.prompt_ids, seeds=range(first, first + samples))
+        seeds = [sample_seed(config.seed, index, sample) for sample in range(samples)]
+        engine.add_group(str(index), prompt.prompt_ids, seeds)
     rollouts = {}
     while engine.num_unfinished:
         rollouts |= {(int(group_id), sample): rollout for group_id, sample, rollout in engine.step()}
