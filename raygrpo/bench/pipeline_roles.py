@@ -38,7 +38,7 @@ class Point:
     num_groups: int
     groups_per_step: int = 64
     max_staleness: int = 2
-    groups_per_block: int = 8
+    groups_per_block: int = 16
 
 
 class InstantGenerator:

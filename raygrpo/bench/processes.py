@@ -69,7 +69,7 @@ def cpu_seconds() -> dict[int, tuple[str, float]]:
             times, command = process.cpu_times(), " ".join(process.cmdline())
         except psutil.NoSuchProcess:  # or a zombie
             continue
-        kind = "this process" if process == me else next((k for part, k in KINDS.items() if part in command), "other")
+        kind = THIS if process == me else next((k for part, k in KINDS.items() if part in command), REST)
         usage[process.pid] = (kind, times.user + times.system)
     return usage
 

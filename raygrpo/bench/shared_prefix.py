@@ -111,16 +111,16 @@ def run(*, quick: bool = False, resume: Path | None = None) -> dict:
 
 
 def _measure_all(jobs: Sequence[tuple[str, Point, Sequence[str], int]], resume: Path | None) -> dict:
-    """Measurements by section, the cheapest first."""
+    """Measurements by section, in the order of sections, the cheapest first."""
     done: dict[tuple, dict] = {}
     if resume is not None and resume.exists():
         for line in resume.read_text().splitlines():
             row = json_format.loads(line)
             done[row["section"], Point(**row["measurement"]["point"])] = row["measurement"]
     model = tiny_qwen3()
-    by_cost = sorted(range(len(jobs)), key=lambda i: jobs[i][1].group_size * sum(asdict(jobs[i][1]).values()))
-    for number, index in enumerate(by_cost, start=1):
-        section, point, methods, stream_tokens = jobs[index]
+    order = list(dict.fromkeys(section for section, *_ in jobs))
+    by_cost = sorted(jobs, key=lambda job: (order.index(job[0]), _repeated_tokens(job[1])))
+    for number, (section, point, methods, stream_tokens) in enumerate(by_cost, start=1):
         if (section, point) in done:
             continue
         started = time.monotonic()
@@ -136,6 +136,10 @@ def _measure_all(jobs: Sequence[tuple[str, Point, Sequence[str], int]], resume: 
         name: [done[name, point] for section, point, *_ in jobs if section == name]
         for name in ("grid", "no_gain", "sweep")
     }
+
+
+def _repeated_tokens(point: Point) -> int:
+    return point.group_size * (point.prompt + point.completion)
 
 
 def tiny_qwen3() -> PreTrainedModel:

@@ -30,7 +30,8 @@ whatever the caller holds per token or per completion, over all groups.
 
 Reading order: tree.py and layout.py (which tokens a stream holds), backends/merged_flash.py (attention over it, and why
 it is exact) and the other backends, head.py (the LM head in chunks), model.py (the hook into transformers),
-supported.py and self_check.py (what is refused), packing.py and accumulate.py (many groups), cost.py (the FLOP model).
+last_layer.py (what it leaves out), supported.py and self_check.py (what is refused), packing.py and accumulate.py (many
+groups), cost.py (the FLOP model).
 """
 
 from raygrpo.shared_prefix.accumulate import Accumulated, Part, accumulate_gradients

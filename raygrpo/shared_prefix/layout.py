@@ -10,7 +10,7 @@ for many groups at once:
 
     [ P_1 | P_2 | .. | R_11 .. R_1G | R_21 .. R_2G | .. ]
 
-What attention does with a plan is attention.py; the tree is tree.py; which groups share a stream is packing.py.
+What attention does with a plan is backends/; the tree is tree.py; which groups share a stream is packing.py.
 
 Shapes: T tokens in the stream, C completions in the caller's order, S completion tokens in all, R rows that predict.
 """
@@ -38,7 +38,7 @@ class AttentionCall:
     """One variable-length attention call: block i of the queries sees block i of the keys.
 
     Blocks are contiguous: queries start at row q_start of the stream, keys at row k_start. A block may be empty.
-    external: the keys are those of a prefix that was encoded before, not rows of this stream (phase_split.py).
+    external: the keys are those of a prefix that was encoded before, not rows of this stream (accumulate.py).
     """
 
     q_start: int

@@ -30,11 +30,13 @@ from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
 from raygrpo.shared_prefix.self_check import check_attention, check_logprobs
 from raygrpo.shared_prefix.supported import (
     UnsupportedModelError,
+    check_attention_arguments,
     check_batch,
     check_head,
     check_model,
     check_modules,
     logit_transform,
+    window_of,
 )
 
 IMPLEMENTATION = "raygrpo_shared_prefix"
@@ -261,8 +263,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
-    s_aux: Tensor | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """What transformers' AttentionInterface calls: query [1, Hq, T, D], key and value [1, Hk, T, D]."""
     name = type(module).__name__
@@ -276,8 +277,7 @@ def _attention(
         )
     if dropout:
         raise UnsupportedModelError(f"{name} drops out attention with p = {dropout}; set it to 0 in the config")
-    if s_aux is not None:
-        raise UnsupportedModelError(f"{name} has attention sinks, which are not supported")
+    check_attention_arguments(name, others)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type):  # it casts what stock attention is given, which ours has to do itself
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (q, k, v))
@@ -294,7 +294,7 @@ def _attention(
     kind = {
         "plan": shared_prefix.plan,
         "scale": q.shape[-1] ** -0.5 if scaling is None else scaling,
-        "window": sliding_window,
+        "window": window_of(module, layer, sliding_window),
         "softcap": softcap,
         "external": external,
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raygrpo.shared_prefix.head import LogitTransform
@@ -70,6 +70,31 @@ def check_modules(named_modules: Iterable[tuple[str, nn.Module]]) -> None:
                 "gradient checkpointing is reentrant; call "
                 'model.gradient_checkpointing_enable({"use_reentrant": False})'
             )
+
+
+def check_attention_arguments(name: str, arguments: Mapping[str, object]) -> None:
+    """Raise UnsupportedModelError for tensors that a layer passes to attention beside q, k and v: position biases,
+    sinks, indices of the keys to attend to."""
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) and key not in ("position_ids", "cache_position"):
+            raise UnsupportedModelError(f"{name} passes {key!r} to attention, which is not supported")
+
+
+def window_of(module: nn.Module, layer: object, window: int | None) -> int | None:
+    """The window of an attention layer, which some models apply by masks alone and do not pass to attention."""
+    config = vars(module).get("config")
+    size = getattr(config, "sliding_window", None)
+    if window is not None or not size:
+        return window
+    kinds = getattr(config, "layer_types", None)
+    if kinds and isinstance(layer, int):
+        return size if kinds[layer] == "sliding_attention" else None
+    if getattr(config, "use_sliding_window", True):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not say whether config.sliding_window = {size} holds for it; set it to None "
+            "if sequences are shorter"
+        )
+    return None
 
 
 def check_batch(model: PreTrainedModel, batch: SharedPrefixBatch) -> None:

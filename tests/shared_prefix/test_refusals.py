@@ -33,6 +33,8 @@ def build(architecture, **options):
         ("recurrent_gemma", {}, "convolutions over the sequence"),
         ("bloom", {}, "does not call attention through transformers' AttentionInterface"),
         ("llama", {"attention_dropout": 0.1}, "config.attention_dropout is 0.1"),
+        ("phimoe", {"num_local_experts": 4}, "config.router_jitter_noise is 0.01"),
+        ("modernbert-decoder", {}, "does not say where its layers are"),
         ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}, "config.resid_pdrop is 0.1"),
         ("qwen3_moe", {"output_router_logits": True, "num_experts": 4}, "output_router_logits"),
     ],
@@ -56,7 +58,12 @@ def test_encoder_decoders_and_other_modules_are_refused():
         ("diffllama", {}, "2 calls to attention; it must be one"),
         ("nemotron", {}, "does not pass keyword arguments"),
         ("doge", {}, "makes its own masks"),
-        ("gpt_oss", {"num_local_experts": 4, "sliding_window": 5}, "attention sinks"),
+        ("gpt_oss", {"num_local_experts": 4, "sliding_window": 5}, "passes 's_aux' to attention"),
+        (
+            "phimoe",
+            {"num_local_experts": 4, "router_jitter_noise": 0.0, "sliding_window": 5},
+            "does not say whether config.sliding_window = 5 holds",
+        ),
     ],
 )
 def test_the_first_pass_refuses(architecture, options, reason):

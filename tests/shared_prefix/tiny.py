@@ -74,10 +74,12 @@ OTHER_ARCHITECTURES = {  # biases, layer norms, parallel residuals, learned posi
     "opt": {"dropout": 0.0, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "persimmon": {"hidden_dropout": 0.0},
     "phi": {},
-    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
+    "qwen2_moe": {  # its windows are in its masks alone
+        **_MOE, **_MIXED, "use_sliding_window": True, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1,
+    },
     "seed_oss": _NO_DROPOUT,
     "starcoder2": {**_NO_DROPOUT, "embedding_dropout": 0.0, "sliding_window": 5},
-}
+}  # fmt: skip
 
 
 def tiny_model(
