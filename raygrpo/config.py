@@ -172,6 +172,9 @@ class GeneratorConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     max_groups: PositiveInt = 32
     """Groups that one generator samples at a time; further ones wait."""
+    load_timeout_s: PositiveFloat = 1800.0
+    """A generator that has not started and loaded new weights by then has hung: it is restarted, and the gate opens
+    without it."""
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each generator."""
     num_gpus: NonNegativeFloat = 0.0

@@ -1,4 +1,6 @@
-"""Short trainings in which processes are killed at random moments: `make chaos`; test_chaos.py runs a few of them.
+"""Short trainings in which processes are killed, or stop answering, at random moments: `make chaos`.
+
+test_recovery.py runs a few of them.
 
 Every run is `raygrpo train` as a user starts it, on a tiny model. In deterministic mode it must end with the weights of
 an undisturbed run, to the last bit: nothing else shows as sharply that every group was trained exactly once, in its
@@ -41,8 +43,8 @@ TITLES = {  # kind of fault -> how the process calls itself
     "controller": "ray::RolloutController",
     "tracker": "ray::Tracker",
 }
-DRIVER = "driver"
-KINDS = [*TITLES, DRIVER]
+DRIVER, HANG = "driver", "generator hangs"
+KINDS = [*TITLES, HANG, DRIVER]
 
 TASK = """
 def rows():
@@ -93,6 +95,8 @@ def write_task(directory: Path) -> Path:
         "generator": {
             "num_actors": 2,
             "num_threads": 1,
+            "group_timeout_s": 40.0,
+            "load_timeout_s": 120.0,
             "sampling": {"max_tokens": 12},
             "vllm": {"kv_cache_memory_bytes": 32 * 2**20},
         },
@@ -161,7 +165,8 @@ def started(command: list[str], directory: Path, log) -> Iterator[subprocess.Pop
 
 
 def kill(process: subprocess.Popen, kind: str) -> bool:
-    """SIGKILL to one process of this kind that the run has started; False where there is none just now."""
+    """SIGKILL (SIGSTOP for one that is to hang) to a process of this kind that the run has started; False where there
+    is none just now."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -173,8 +178,8 @@ def kill(process: subprocess.Popen, kind: str) -> bool:
         return True
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if TITLES[kind] in " ".join(member.cmdline()):
-                member.kill()
+            if TITLES["generator" if kind == HANG else kind] in " ".join(member.cmdline()):
+                member.suspend() if kind == HANG else member.kill()
                 return True
     return False
 

@@ -89,6 +89,12 @@ class DeepSpeedEngine:
         self._is_zero3 = self._engine.zero_optimization_partition_weights()
 
     @property
+    def gathers_weights(self) -> bool:
+        """Whether `named_weights` puts tensors together that are gone when the next is asked for; otherwise they stay
+        until the next update."""
+        return self._is_zero3
+
+    @property
     def module(self) -> nn.Module:
         """The policy behind DeepSpeed's hooks: what every forward pass must go through."""
         return self._engine

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOAD_DEADLINE_S = 600.0  # for one generator to load a version; later it counts as failed and is restarted
 REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
 
 
@@ -129,11 +128,11 @@ class GeneratorPool:
             raise RuntimeError(f"no generator loaded version {version}: {reason}")
         async with self._changed:
             try:
-                async with asyncio.timeout(LOAD_DEADLINE_S):
+                async with asyncio.timeout(self._settings.load_timeout_s):
                     await self._changed.wait_for(lambda: self.healthy or self.all_dead)
             except TimeoutError:
                 raise RuntimeError(
-                    f"no generator loaded version {version} within {LOAD_DEADLINE_S:g} s: {reason}"
+                    f"no generator loaded version {version} within {self._settings.load_timeout_s:g} s: {reason}"
                 ) from None
         if self.all_dead:
             raise RuntimeError(self.cause_of_death)
@@ -141,7 +140,7 @@ class GeneratorPool:
     async def _load(self, name: str) -> WeightsAck:
         """Load what is the latest version now."""
         attempt, version, weights = self._attempt, self._version, self._weights
-        async with asyncio.timeout(LOAD_DEADLINE_S), self._loading[name]:
+        async with asyncio.timeout(self._settings.load_timeout_s), self._loading[name]:
             return await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
 
     # Failures.

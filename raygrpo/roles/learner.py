@@ -276,7 +276,7 @@ class Learner:
 
         weights = self._engine.named_weights(trained_only=self._config.model.lora is not None)
         if self._rank == 0:
-            self._link.publish(version, pack(weights))
+            self._link.publish(version, pack(weights, copy=self._engine.gathers_weights))
         else:
             for _ in weights:  # takes part in ZeRO-3's gathering
                 pass

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from raygrpo.config import GeneratorConfig
 from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
 from raygrpo.roles import generator_pool as pool_module
@@ -77,7 +78,9 @@ def prompt_set(num: int = NUM_PROMPTS) -> PromptSet:
     return PromptSet(pa.Table.from_pylist(rows, PROMPT_SET_SCHEMA), report, shuffle=True)
 
 
-def make_controller(*generators: FakeGenerator, groups_per_step: int = 4, max_staleness: int = 0) -> RolloutController:
+def make_controller(
+    *generators: FakeGenerator, groups_per_step: int = 4, max_staleness: int = 0, **settings: Any
+) -> RolloutController:
     return RolloutController(
         prompt_set(),
         {generator.name: generator for generator in generators},  # type: ignore[misc]
@@ -85,6 +88,7 @@ def make_controller(*generators: FakeGenerator, groups_per_step: int = 4, max_st
         groups_per_step=groups_per_step,
         group_size=3,
         max_staleness=max_staleness,
+        settings=GeneratorConfig(**settings),
     )
 
 
@@ -389,15 +393,13 @@ def test_a_generator_that_does_not_load_a_version_is_quarantined_and_the_gate_op
     asyncio.run(run())
 
 
-def test_a_load_that_hangs_counts_as_failed(monkeypatch):
-    monkeypatch.setattr(pool_module, "LOAD_DEADLINE_S", 0.05)
-
+def test_a_load_that_hangs_counts_as_failed():
     async def run() -> None:
         async def hang(version: int) -> None:
             if version == 1:
                 await asyncio.Event().wait()
 
-        controller = make_controller(FakeGenerator("a", hang), FakeGenerator("b"))
+        controller = make_controller(FakeGenerator("a", hang), FakeGenerator("b"), load_timeout_s=0.05)
         await controller.publish(0, WEIGHTS)
         report = await controller.publish(1, WEIGHTS)
         assert report.failed == ["a"] and report.num_generators == 1
@@ -467,14 +469,12 @@ def test_generators_that_cannot_be_started_are_an_error_for_publish_and_claims()
     asyncio.run(run())
 
 
-def test_generators_that_do_not_come_back_in_time_are_an_error(monkeypatch):
-    monkeypatch.setattr(pool_module, "LOAD_DEADLINE_S", 0.05)
-
+def test_generators_that_do_not_come_back_in_time_are_an_error():
     async def run() -> None:
         async def load(version: int) -> None:
             raise ActorUnavailableError("restarting", None)
 
-        controller = make_controller(FakeGenerator("a", load))
+        controller = make_controller(FakeGenerator("a", load), load_timeout_s=0.05)
         with pytest.raises(RuntimeError, match=r"no generator loaded version 0 within 0.05 s"):
             await controller.publish(0, WEIGHTS)
 

@@ -14,7 +14,15 @@ from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.generator_pool import GeneratorPool
 from raygrpo.roles.watchdog import AT_THE_GATE, PendingClaim, stall_report
-from tests.roles.test_controller import WEIGHTS, FakeGenerator, begin, prompt_set, settle, wait_until
+from tests.roles.test_controller import (
+    WEIGHTS,
+    FakeGenerator,
+    begin,
+    make_controller,
+    prompt_set,
+    settle,
+    wait_until,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -145,16 +153,14 @@ def test_a_generator_that_hangs_is_restarted_and_one_that_died_is_left_to_ray(re
     asyncio.run(run())
 
 
-def test_a_load_that_times_out_restarts_the_generator(monkeypatch):
-    monkeypatch.setattr(pool_module, "LOAD_DEADLINE_S", 0.02)
-
+def test_a_load_that_times_out_restarts_the_generator():
     async def run() -> None:
         async def hang_until_restarted(version: int) -> None:
             if not stuck.restarts:
                 await asyncio.Event().wait()
 
         stuck = FakeGenerator("a", hang_until_restarted)
-        controller = controller_with(stuck)
+        controller = make_controller(stuck, load_timeout_s=0.05)
         report = await controller.publish(0, WEIGHTS)
         assert (report.failed, report.num_generators, stuck.restarts) == (["a"], 1, 1)
 
