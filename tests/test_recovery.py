@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ def test_generators_and_processes_do_not_change_a_bit(config, alone):
 def test_steps_and_resumed_steps_are_the_steps_of_one_run(config, alone):
     first = train(config, "halves", (), *ALONE, f"num_steps={NUM_STEPS // 2}")
     assert sorted(first.steps) == list(range(NUM_STEPS // 2)) and first.digest != alone.digest
+    newest = max((config.parent / "runs" / "halves-latest" / "checkpoints").iterdir())
+    weights = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(weights, weights.stat().st_size - 1)  # so that it goes on from the one before
     second = train(config, "halves", (), *ALONE, "--resume")
     check(second, 0, alone)
     run_dirs = [path for path in (config.parent / "runs").glob("halves-2*")]

@@ -238,6 +238,17 @@ def test_transformers_as_engine_and_a_reward_that_fails_now_and_then(run, tmp_pa
     assert 0 < failed < 3 * GROUPS_PER_STEP * GROUP_SIZE
 
 
+@pytest.mark.slow
+def test_the_pool_of_generators_grows_and_shrinks_while_the_run_goes_on(run):
+    """One generator is too few for the groups in flight; the learner publishes to whoever is there."""
+    _, result, recorder = run(
+        "generator.engine=transformers", "generator.vllm={}", "generator.max_actors=2", "generator.target_groups=3",
+        "generator.scale_down_after_s=5", "num_steps=40", "learner.optimizer.lr=1.0e-3",
+    )  # fmt: skip
+    assert any("generator-1 has joined, with version" in text for text in recorder.warnings), recorder.warnings
+    assert all(metrics["sampling/logprob_diff"] < 1e-4 for metrics in result.history.values())
+
+
 def test_too_many_failed_rewards_end_the_run_with_a_message(run):
     with pytest.raises(RuntimeError) as stopped:
         run("generator.engine=transformers", "generator.vllm={}", "reward.functions=[{use: task:broken}]")
