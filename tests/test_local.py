@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from raygrpo.checkpoint import CheckpointStore, RunState
 from raygrpo.config import load_config
 from raygrpo.data import prompt_index
 from raygrpo.local import train_locally
@@ -116,6 +117,22 @@ def test_dynamic_sampling_takes_other_prompts(run):
     replaced, _ = run(*options, "algorithm.dynamic_sampling=5")
     assert replaced.history[0]["reward/frac_zero_std"] == 0
     assert replaced.history[0]["prompts/replaced"] >= sum(flat)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, monkeypatch):
+    commit = CheckpointStore.commit
+
+    def full_at_step_2(store: CheckpointStore, state: RunState) -> Any:
+        if state.step == 2:
+            raise OSError(28, "No space left on device")
+        return commit(store, state)
+
+    monkeypatch.setattr(CheckpointStore, "commit", full_at_step_2)
+    result, recorder = run()
+    assert "the checkpoint of step 2 was not written: OSError: [Errno 28] No space left on device" in recorder.warnings
+    assert result.history[2]["faults/checkpoints_failed"] == 1
+    left = [path.name for path in Path(result.run_dir, "checkpoints").iterdir()]
+    assert left == ["step-000003"], "nothing half-written"
 
 
 def test_generators_that_compute_another_model_stop_the_run(run):
