@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # The gate admits what a healthy generator can serve at once; one that lacks the version has restarted unnoticed.
 VERSION_TIMEOUT_S = 10.0
+RAY_STARTS = 3
 POLL_S = 0.5  # between looks at the run's progress
 CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
@@ -149,11 +150,26 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
         # Ray warns about more processes than it expects to start at a time, which by default is the number of cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-    ray.init(**options)
+    _start_ray(options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(options: dict[str, Any]) -> None:
+    """ray.init, again where a machine that is busy did not start it within the 30 s that Ray waits."""
+    import ray
+
+    for remaining in reversed(range(RAY_STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if not remaining or "timed out during startup" not in str(error):
+                raise
+            logger.warning("Ray did not start in time, trying again: %s", error)
+            ray.shutdown()
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
