@@ -38,6 +38,7 @@ from raygrpo.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup
 
 SAME_AS_TRL = ["algorithm.advantage.eps=1e-4"]
 WINDOW = 5
+MICRO_BATCH = 16  # completions that TRL encodes at a time
 REPLAY_TOLERANCE = 0.02  # of how far the weights have moved: Adam turns rounding of tiny gradients into steps
 OURS, THEIRS = "raygrpo", "TRL 1.16"
 
@@ -45,36 +46,43 @@ OURS, THEIRS = "raygrpo", "TRL 1.16"
 def main() -> int:
     parser = study_arguments(__doc__, "runs/against_trl")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file")
+    parser.add_argument("--trl-steps", type=int, help="stop TRL after so many steps of the same schedule")
     arguments = parser.parse_args()
     overrides = SAME_AS_TRL + ([f"num_steps={arguments.steps}"] if arguments.steps else [])
     runs = [
         prepare(load_config(QUICKSTART, [*overrides, f"seed={seed}"]), QUICKSTART.parent) for seed in arguments.seeds
     ]
     ours = [train(f"raygrpo-seed{seed}", [*overrides, f"seed={seed}"], arguments.output) for seed in arguments.seeds]
-    theirs = [trl_run(run, arguments.output / f"trl-seed{run.config.seed}.json") for run in runs]
+    theirs = []
+    for run in runs:
+        num_steps = min(arguments.trl_steps or run.config.num_steps, run.config.num_steps)
+        theirs.append(trl_run(run, arguments.output / f"trl-seed{run.config.seed}-{num_steps}.json", num_steps))
+    ours = [history[: len(recorded["steps"])] for history, recorded in zip(ours, theirs, strict=True)]
     replays = [replay(run, recorded) for run, recorded in zip(runs, theirs, strict=True)]
     curves = {
         OURS: [[metrics["reward/mean"] for metrics in run] for run in ours],
         THEIRS: [[step["reward"] for step in run["steps"]] for run in theirs],
     }
-    print(comparison(curves, ours, theirs))
+    print(comparison(curves, ours, theirs, replays))
     print()
     print(windows(curves))
     print()
-    for seed, distances in zip(arguments.seeds, replays, strict=True):
+    for seed, outcome in zip(arguments.seeds, replays, strict=True):
+        distances = [distance for distance, _ in outcome]
         shown = [f"{distances[step - 1]:.1e} after {step}" for step in (1, 10, 20, 30, 40) if step <= len(distances)]
         print(f"same rollouts, seed {seed}: weights apart, as a share of how far they moved: {', '.join(shown)} steps")
     if arguments.plot:
         draw(curves, arguments.plot)
-    return 0 if max(map(max, replays)) < REPLAY_TOLERANCE else 1
+    return 0 if max(distance for outcome in replays for distance, _ in outcome) < REPLAY_TOLERANCE else 1
 
 
 # TRL.
 
 
-def trl_run(prepared: PreparedRun, path: Path) -> dict[str, Any]:
-    """{"settings", "steps": [{"reward", "seconds", "generate_s", "learn_s", "tokens", "padded_tokens", "groups"}],
-    "weights"}; groups are [prompt_ids, [completion_ids], [reward]], weights a file with those after each step."""
+def trl_run(prepared: PreparedRun, path: Path, num_steps: int) -> dict[str, Any]:
+    """{"settings", "steps": [{"reward", "seconds", "generate_s", "generate_cpu_s", "learn_cpu_s", "tokens",
+    "padded_tokens", "groups"}], "weights"}: wall and CPU seconds; groups are [prompt_ids, [completion_ids], [reward]];
+    weights a file with those after each step."""
     config = prepared.config
     settings = config.model_dump(mode="json", exclude={"name", "output_dir", "tracking", "checkpoint"})
     if path.exists():
@@ -82,7 +90,7 @@ def trl_run(prepared: PreparedRun, path: Path) -> dict[str, Any]:
         if found["settings"] == settings:
             return found
     print(f"{path.stem}: training", file=sys.stderr, flush=True)
-    prompts = [prepared.prompts.at(ticket, config.seed) for ticket in range(config.num_steps * config.groups_per_step)]
+    prompts = [prepared.prompts.at(ticket, config.seed) for ticket in range(num_steps * config.groups_per_step)]
     trainer = _trl_trainer(prepared, prompts, path.with_suffix(""))
     trainer.train()
     assert trainer.seen_prompts == [prompt.prompt_ids for prompt in prompts], "TRL tokenised or ordered otherwise"
@@ -98,7 +106,7 @@ def trl_run(prepared: PreparedRun, path: Path) -> dict[str, Any]:
 
 def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: Path) -> Any:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
     import_utils = importlib.import_module("trl.import_utils")
     with mock.patch.object(import_utils, "is_vllm_available", lambda *_, **__: False):  # importing vLLM takes 20 s
@@ -125,7 +133,7 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
         weights: list[dict[str, torch.Tensor]] = []
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            start_s = time.perf_counter()
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
             batch = super()._generate_and_score_completions(inputs)
             prompts, lengths = batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)
             groups = []
@@ -138,6 +146,7 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
             self.steps.append(
                 {
                     "generate_s": time.perf_counter() - start_s,
+                    "generate_cpu_s": time.process_time() - start_cpu_s,
                     "tokens": int((prompts + lengths).sum()),
                     "padded_tokens": batch["prompt_ids"].numel() + batch["completion_ids"].numel(),
                     "groups": groups,
@@ -152,12 +161,12 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start_s = time.perf_counter()
+            self.start_s, self.start_cpu_s = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             step = trainer.steps[-1]
             step["seconds"] = time.perf_counter() - self.start_s
-            step["learn_s"] = step["seconds"] - step["generate_s"]
+            step["learn_cpu_s"] = time.process_time() - self.start_cpu_s - step["generate_cpu_s"]
             trainer.weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
 
     (function,) = config.reward.functions
@@ -172,9 +181,9 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
         args=GRPOConfig(
             output_dir=str(output_dir),
             seed=config.seed,
-            max_steps=config.num_steps,
-            per_device_train_batch_size=config.completions_per_step,
-            gradient_accumulation_steps=1,
+            max_steps=len(prompts) // config.groups_per_step,
+            per_device_train_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=config.completions_per_step // MICRO_BATCH,
             num_generations=config.group_size,
             shuffle_dataset=False,
             max_completion_length=sampling.max_tokens,
@@ -201,14 +210,16 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
         optimizers=(optimizer, schedule),
         callbacks=[Clock()],
     )
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 # The same rollouts in our learner.
 
 
-def replay(prepared: PreparedRun, trl: dict[str, Any]) -> list[float]:
-    """After each step, the distance of our weights from TRL's as a share of the distance that TRL's have moved."""
+def replay(prepared: PreparedRun, trl: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of each step: the distance of our weights from TRL's as a share of the distance that TRL's have moved, and the
+    CPU seconds that our learner took."""
     import torch.distributed as dist
 
     from raygrpo.roles.learner import build_policy
@@ -219,19 +230,23 @@ def replay(prepared: PreparedRun, trl: dict[str, Any]) -> list[float]:
     # TRL samples with the policy itself: nothing to correct, and nothing to compare with.
     correction = prepared.config.algorithm.correction.model_copy(update={"level": "none"})
     algorithm = prepared.config.algorithm.model_copy(update={"correction": correction})
-    config: RunConfig = prepared.config.model_copy(update={"algorithm": algorithm})
+    learner = prepared.config.learner.model_copy(update={"num_threads": torch.get_num_threads()})  # as TRL had
+    config: RunConfig = prepared.config.model_copy(update={"algorithm": algorithm, "learner": learner})
     _, engine, updater, _ = build_policy(config)
     start = {name: weight.clone() for name, weight in engine.named_weights()}
-    distances = []
+    outcome = []
     after = torch.load(trl["weights"])
     for step, (recorded, weights) in enumerate(zip(trl["steps"], after, strict=True)):
-        updater.update([_scored(step, place, *group) for place, group in enumerate(recorded["groups"])], step)
+        groups = [_scored(step, place, *group) for place, group in enumerate(recorded["groups"])]
+        start_cpu_s = time.process_time()
+        updater.update(groups, step)
+        learn_cpu_s = time.process_time() - start_cpu_s
         apart = moved = 0.0
         for name, weight in engine.named_weights():
             apart += float((weight - weights[name]).double().square().sum())
             moved += float((weights[name] - start[name]).double().square().sum())
-        distances.append(math.sqrt(apart / moved))
-    return distances
+        outcome.append((math.sqrt(apart / moved), learn_cpu_s))
+    return outcome
 
 
 def _scored(step: int, place: int, prompt_ids: list[int], completions: list[list[int]], rewards: list[float]):
@@ -255,8 +270,8 @@ def _scored(step: int, place: int, prompt_ids: list[int], completions: list[list
 # What came of it.
 
 
-def comparison(curves: dict[str, list[list[float]]], ours: list[Any], theirs: list[Any]) -> str:
-    """Both side by side: reward, time, and tokens that go through the learner's model."""
+def comparison(curves: dict[str, list[list[float]]], ours: list[Any], theirs: list[Any], replays: list[Any]) -> str:
+    """Both side by side: reward, time of a step, and on the same rollouts what learning takes."""
 
     def mean(values: Any) -> float:
         return statistics.fmean(values)
@@ -265,19 +280,19 @@ def comparison(curves: dict[str, list[list[float]]], ours: list[Any], theirs: li
         OURS: [[metrics["timing_s/step"] for metrics in run] for run in ours],
         THEIRS: [[step["seconds"] for step in run["steps"]] for run in theirs],
     }
-    learn = {
-        OURS: mean(metrics["timing_s/learn"] for run in ours for metrics in run[1:]),
-        THEIRS: mean(step["learn_s"] for run in theirs for step in run["steps"][1:]),
+    learn = {  # without the first step, which compares itself with the ordinary forward
+        OURS: mean(cpu_s for outcome in replays for _, cpu_s in outcome[1:]),
+        THEIRS: mean(step["learn_cpu_s"] for run in theirs for step in run["steps"][1:]),
     }
     tokens = {
         OURS: mean(metrics["prefix/tokens_encoded"] for run in ours for metrics in run),
         THEIRS: mean(step["padded_tokens"] for run in theirs for step in run["steps"]),
     }
     rows = [
-        [name, *Summary.of(curves[name], seconds[name]).cells(), f"{learn[name]:.2f}", f"{tokens[name]:,.0f}"]
+        [name, *Summary.of(curves[name], seconds[name]).cells(), f"{tokens[name]:,.0f}", f"{learn[name]:.2f}"]
         for name in curves
     ]
-    header = ["", "reward, first 5 steps", "last 10 steps", "s per step", "of it learning", "tokens encoded to learn"]
+    header = ["", "reward, first 5 steps", "last 10 steps", "s per step", "tokens a learner encodes", "CPU s to learn"]
     return markdown_table(header, rows)
 
 

@@ -19,6 +19,9 @@ from raygrpo.types import StepMetrics
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "pipelines" / "quickstart.yaml"
+QUIET = [f"tracking.{key}=0" for key in ("samples_every", "num_traces", "figure_every")] + [
+    "tracking.system_metrics=false"
+]
 
 
 def study_arguments(description: str | None, output: str) -> argparse.ArgumentParser:
@@ -33,7 +36,7 @@ def study_arguments(description: str | None, output: str) -> argparse.ArgumentPa
 def train(name: str, overrides: Sequence[str], output: Path, yaml_path: Path = QUICKSTART) -> list[StepMetrics]:
     """The metrics of each step of `raygrpo train`, from a process of its own, or from the run of this name in `output`
     if one was finished with the same settings. Raises RuntimeError with the end of what a failed run said."""
-    overrides = [*overrides, f"name={name}", f"output_dir={output.absolute()}"]
+    overrides = [*overrides, *QUIET, f"name={name}", f"output_dir={output.absolute()}"]
     wanted = load_config(yaml_path, overrides)
     directory = output.absolute() / f"{name}-latest"
     if not _is_finished(directory, wanted):
@@ -63,7 +66,9 @@ def _is_finished(directory: Path, wanted: RunConfig) -> bool:
         found = RunConfig.model_validate(yaml.safe_load((directory / "config.yaml").read_text()))
     except (OSError, ValueError):
         return False
-    return found == wanted and len(_history(directory)) == wanted.num_steps
+    watched = {"tracking", "checkpoint"}  # sections that change nothing of what is learnt
+    same = found.model_dump(exclude=watched) == wanted.model_dump(exclude=watched)
+    return same and len(_history(directory)) == wanted.num_steps
 
 
 @dataclass(frozen=True)
