@@ -91,7 +91,7 @@ SCORED_GROUP_SCHEMA = pa.schema(
     ]
 )
 
-POLL_S, HOT_POLL_S, HOT_S = 0.05, 0.002, 0.15  # of Ray Data's loop: see AdaptivePoll
+POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.2  # of Ray Data's loop: see AdaptivePoll
 CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
 
@@ -326,12 +326,15 @@ class AdaptivePoll(ExecutionCallback):
 
     As long as any task waits, as claims at the gate do, a round of Ray Data 2.60's loop lasts 0.1 s, and a group needs
     several rounds on its way to the learner. That period is a constant of its module: this sets it, in the process that
-    executes, to almost nothing for a moment after something finished, and to POLL_S otherwise.
+    executes, to almost nothing for a moment after something finished, and to POLL_S otherwise. A round costs the more
+    CPU time the more is in flight (milliseconds, with many blocks): the period grows with it, so that the loop takes no
+    more than POLL_SHARE of a core.
     """
 
     def before_execution_starts(self, executor: Any) -> None:
         self._finished = -1
         self._hot_until_s = 0.0
+        self._cpu_s = time.thread_time()
 
     def on_execution_step(self, executor: Any) -> None:
         from ray.data._internal.execution import streaming_executor_state
@@ -342,7 +345,9 @@ class AdaptivePoll(ExecutionCallback):
         if finished != self._finished:
             self._finished = finished
             self._hot_until_s = now + HOT_S
-        period = HOT_POLL_S if now < self._hot_until_s else POLL_S
+        cpu_s = time.thread_time()
+        round_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
+        period = min(POLL_S, max(HOT_POLL_S, round_s / POLL_SHARE)) if now < self._hot_until_s else POLL_S
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = period
 
 

@@ -92,7 +92,7 @@ def watch_run(directory: Path, num_steps: int, overrides: Sequence[str], period_
         "data": {"source": "task:rows"},
         "reward": {"functions": [{"use": "task:share"}]},
         "generator": {"sampling": {"max_tokens": 8}, "num_threads": 1, "vllm": {"kv_cache_memory_bytes": 32 * 2**20}},
-        "learner": {"optimizer": {"lr": 1e-3}, "num_threads": 1},
+        "learner": {"optimizer": {"lr": 1e-5}, "num_threads": 1},  # lengths stay as they are
         "checkpoint": {"every": 25},
         "tracking": {"uri": f"sqlite:///{directory}/mlflow.db"},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,3 +273,31 @@ def test_dynamic_sampling_replaces_prompts_without_spread_reproducibly_and_withi
     assert seen[0] == seen[1]
     replacements = {replacement for _, replacement, _ in seen[0]}
     assert replacements == {0, 1, 2}
+
+
+def test_the_loop_is_quick_while_groups_move_and_takes_a_bounded_share_of_a_core(monkeypatch):
+    from ray.data._internal.execution import streaming_executor_state as state
+
+    from raygrpo.stream import HOT_POLL_S, HOT_S, POLL_S, POLL_SHARE, AdaptivePoll
+
+    monkeypatch.setattr(state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", 0.1)
+    metrics = SimpleNamespace(num_tasks_finished=0, num_task_outputs_generated=0)
+    executor = SimpleNamespace(_topology=[SimpleNamespace(metrics=metrics)])
+
+    def period(cpu_s: float = 0.0) -> float:
+        end_s = time.thread_time() + cpu_s
+        while time.thread_time() < end_s:
+            pass
+        poll.on_execution_step(executor)
+        return state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
+
+    poll = AdaptivePoll()
+    poll.before_execution_starts(executor)
+    assert HOT_POLL_S <= period() < POLL_S / 2, "at the start"
+    time.sleep(HOT_S)
+    assert period() == POLL_S, "nothing moves"
+    metrics.num_tasks_finished += 1
+    assert HOT_POLL_S <= period() < POLL_S / 2
+    metrics.num_tasks_finished += 1
+    costly_s = POLL_S * POLL_SHARE / 2
+    assert costly_s / POLL_SHARE <= period(costly_s) <= POLL_S
