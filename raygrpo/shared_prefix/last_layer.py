@@ -56,8 +56,8 @@ def narrow_last_layer(decoder: nn.Module, num_layers: int) -> None:
     """Let a decoder's last layer return the read rows alone, where it is built as usual. Ordinary calls of it are
     unchanged."""
     layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != num_layers:
-        return
+    if not isinstance(layers, nn.ModuleList) or not len(set(layers)) == len(layers) == num_layers:
+        return  # no list of layers, or one that is used twice
     layer = layers[-1]
     if "forward" not in vars(layer) and isinstance(getattr(layer, "self_attn", None), nn.Module):
         layer.forward = MethodType(_narrowed(type(layer).forward), layer)
@@ -67,6 +67,8 @@ def _narrowed(ordinary: Callable) -> Callable:
     @functools.wraps(ordinary)
     def forward(self: nn.Module, *args, **kwargs):
         run = kwargs.get("shared_prefix")
+        if run is not None and run.returned_rows is not None and not run.finished:
+            raise UnsupportedModelError(f"{type(self).__name__}, the last layer, is called more than once in a pass")
         if run is None or not _is_usual(args, kwargs, run.plan.num_rows):
             return ordinary(self, *args, **kwargs)
         hidden, plan = args[0], run.plan.last_layer

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from raygrpo.shared_prefix import SharedPrefixBatch, accumulate_gradients, enable_shared_prefix, last_layer
+from raygrpo.shared_prefix import (
+    SharedPrefixBatch,
+    UnsupportedModelError,
+    accumulate_gradients,
+    completion_logprobs,
+    enable_shared_prefix,
+    last_layer,
+)
 from tests.shared_prefix.test_exact import compare
 from tests.shared_prefix.tiny import float64_norms, ragged_groups, random_ids, tiny_model
 
@@ -85,12 +92,32 @@ def test_a_layer_that_someone_else_has_changed_runs_on_all_rows():
     assert rows[1, "mlp"][0] == rows[0, "mlp"][0]
 
 
+def test_a_layer_that_is_used_twice_runs_on_all_rows():
+    model = tiny_model("qwen3")
+    model.model.layers[0] = model.model.layers[1]
+    enable_shared_prefix(model, self_check=False)
+    with float64_norms(model):
+        value_error, gradient_error = compare(model, ragged_groups())
+    assert max(value_error, gradient_error) < 1e-10
+
+
+def test_a_model_that_loops_over_its_layers_is_refused():
+    model = tiny_model("qwen3")
+    layers = model.model.layers
+    layers[0].register_forward_hook(
+        lambda _, args, kwargs, out: layers[1](out, **kwargs), with_kwargs=True
+    )  # the last layer runs twice
+    enable_shared_prefix(model)
+    with pytest.raises(UnsupportedModelError, match="called more than once"):
+        completion_logprobs(model, SharedPrefixBatch.from_groups(ragged_groups()))
+
+
 def test_a_layer_that_is_given_other_tensors_runs_on_all_rows():
     """They might hold something for each row."""
     model = tiny_model("qwen3")
     layer = model.model.layers[-1]
     layer.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {**kwargs, "extra": torch.zeros(3)}), with_kwargs=True
+        lambda _, args, kwargs: (args, {**kwargs, "extra": (torch.zeros(3),)}), with_kwargs=True
     )
     enable_shared_prefix(model, self_check=False)
     rows = rows_by_module(model)
