@@ -149,6 +149,8 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         # Ray warns about more processes than it expects to start at a time, which by default is the number of cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        # GCS would keep the events of 100,000 tasks, for a dashboard that an embedded Ray does not have.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     _start_ray(options)
     try:

@@ -127,6 +127,7 @@ def embedded_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray writes one to the home directory
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     import ray
 
     if ray.is_initialized():
