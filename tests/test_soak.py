@@ -33,7 +33,7 @@ def test_a_warm_up_and_ups_and_downs_are_no_growth():
     ("leak", "said"),
     [
         ({"memory_mb": lambda i: 500 + 2 * i}, "memory of learner grew"),
-        ({"memory_mb": lambda i: 500, "files": lambda i: 100 + i}, "files grew"),
+        ({"memory_mb": lambda i: 500, "files": lambda i: 100 + i}, "files grew by"),
         ({"memory_mb": lambda i: 500, "processes": lambda i: 20 + i // 10}, "processes grew"),
     ],
 )
