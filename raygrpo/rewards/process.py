@@ -43,6 +43,14 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Loss:
+    """How a child was lost during a call."""
+
+    reason: str
+    timed_out: bool  # it was killed at the deadline
+
+
 class RewardProcess:
     """Runs reward functions in a child process. Not for several threads at once."""
 
@@ -57,9 +65,11 @@ class RewardProcess:
 
         calls: values for all of functions.ARGUMENTS. A call that fails, hangs or kills the process does not change the
         outcome of the others. Async functions run all calls at once; if the process is lost meanwhile, no one knows
-        whose fault it was, and the unanswered calls are repeated one by one.
+        whose fault it was, and the unanswered calls are repeated one by one. A call during which the process ended is
+        repeated once: something else may have killed it.
         """
         outcomes: dict[int, Outcome] = {}
+        repeated: dict[int, str] = {}  # call -> how the process ended during it
         pending = list(range(len(calls)))
         one_by_one = False
         while pending:
@@ -69,15 +79,17 @@ class RewardProcess:
                     self._end()
                     self._start()
             except ValueError as error:
-                outcomes |= {index: Outcome(math.nan, str(error)) for index in pending}
+                outcomes |= {index: Outcome(math.nan, repeated.get(index, str(error))) for index in pending}
                 break
-            lost = self._run(function, {index: calls[index] for index in batch}, outcomes)
-            if lost:
+            loss = self._run(function, {index: calls[index] for index in batch}, outcomes)
+            if loss is not None:
+                culprit = next(index for index in batch if index not in outcomes)
                 if self._loaded[function]["is_async"] and len(batch) > 1:
                     one_by_one = True
+                elif loss.timed_out or culprit in repeated:
+                    outcomes[culprit] = Outcome(math.nan, loss.reason)
                 else:
-                    culprit = next(index for index in batch if index not in outcomes)
-                    outcomes[culprit] = Outcome(math.nan, lost)
+                    repeated[culprit] = loss.reason
             pending = [index for index in pending if index not in outcomes]
         return [outcomes[index] for index in range(len(calls))]
 
@@ -115,8 +127,8 @@ class RewardProcess:
             raise ValueError(f"reward.functions: {answer['error']}")
         self._loaded = answer["functions"]
 
-    def _run(self, function: int, calls: dict[int, dict[str, Any]], outcomes: dict[int, Outcome]) -> str:
-        """Have the child make these calls and add their outcomes. Returns "", or how the child was lost meanwhile."""
+    def _run(self, function: int, calls: dict[int, dict[str, Any]], outcomes: dict[int, Outcome]) -> _Loss | None:
+        """Have the child make these calls and add their outcomes. Returns how the child was lost meanwhile, if so."""
         settings, loaded = self._functions[function], self._loaded[function]
         name = f"reward function {settings.metric_name!r}"
         indices = list(calls)
@@ -134,13 +146,13 @@ class RewardProcess:
                 outcomes[indices[answer["call"]]] = Outcome(answer.get("value", math.nan), error)
         except TimeoutError:
             self._end()
-            return f"{name} took longer than {settings.timeout_s:g} s"
+            return _Loss(f"{name} took longer than {settings.timeout_s:g} s", timed_out=True)
         except (EOFError, OSError):
-            return f"{name} {self._how_it_ended()}"
+            return _Loss(f"{name} {self._how_it_ended()}", timed_out=False)
         except BaseException:  # interrupted: the answers still to come would be taken for those of the next call
             self._end()
             raise
-        return ""
+        return None
 
     def _how_it_ended(self) -> str:
         """Clean up after a child that is gone, and say what happened to it."""

@@ -308,6 +308,28 @@ def test_functions_that_cannot_be_loaded_are_an_error_at_once(scorer, directory)
         Scorer(RewardConfig.model_validate({"functions": [{"use": "deadly_task:f"}]}), [str(directory)])
 
 
+@pytest.mark.parametrize("kind", ["", "async "])
+def test_a_process_that_something_else_killed_costs_no_rollout(directory, kind):
+    (directory / "killed_task.py").write_text(
+        textwrap.dedent(f"""
+        import os, pathlib
+        {kind}def f(completion, row):
+            mark = pathlib.Path(row["marks"], completion)
+            if not mark.exists():  # the first call for this completion
+                mark.touch()
+                os.kill(os.getpid(), 9)
+            return len(completion)
+        """)
+    )
+    marks = directory / f"marks{len(kind)}"
+    marks.mkdir()
+    scorer = Scorer(RewardConfig.model_validate({"functions": [{"use": "killed_task:f"}]}), [str(directory)])
+    prompt = Prompt(prompt_id=0, prompt_ids=[1], text="P", row={"marks": str(marks)})
+    scored = scorer.score(group("a", "bb", "ccc", prompt=prompt))
+    assert [(reward.total, reward.error) for reward in scored.rewards] == [(1.0, ""), (2.0, ""), (3.0, "")]
+    scorer.close()
+
+
 def test_functions_that_vanish_before_a_restart_fail_the_rollouts(directory):
     module = directory / "vanishing_task.py"
     module.write_text("import os\ndef f(completion): os._exit(1) if completion == 'exit' else None\n")
