@@ -297,20 +297,25 @@ def comparison(curves: dict[str, list[list[float]]], ours: list[Any], theirs: li
 
 
 def windows(curves: dict[str, list[list[float]]]) -> str:
-    """Differences of the means over seeds, window by window, in standard errors from the pooled spread of seeds."""
+    """Differences of the means over seeds, window by window, in standard errors.
+
+    Three seeds say little about their spread. The variance of a window's mean is therefore the larger of that between
+    seeds and of what the steps' spreads between seeds imply if steps are independent, as they are before runs part.
+    """
+
+    def variance(runs: list[list[float]]) -> float:
+        of_means = statistics.variance([statistics.fmean(run) for run in runs])
+        of_steps = statistics.fmean(statistics.variance(step) for step in zip(*runs, strict=True))
+        return max(of_means, of_steps / len(runs[0]))
+
     num_steps, num_seeds = len(curves[OURS][0]), len(curves[OURS])
     rows = []
     for first in range(0, num_steps, WINDOW):
-        ours, theirs = (
-            [statistics.fmean(run[first : first + WINDOW]) for run in curves[name]] for name in (OURS, THEIRS)
-        )
-        difference = statistics.fmean(ours) - statistics.fmean(theirs)
-        error = math.nan
-        if num_seeds > 1:
-            error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / num_seeds)
-        share = f"{difference / error:+.1f}" if error else "nan"
+        parts = {name: [run[first : first + WINDOW] for run in runs] for name, runs in curves.items()}
+        ours, theirs = (statistics.fmean(value for run in parts[name] for value in run) for name in (OURS, THEIRS))
+        error = math.sqrt(sum(map(variance, parts.values())) / num_seeds) if num_seeds > 1 else math.nan
         label = f"{first + 1} to {min(first + WINDOW, num_steps)}"
-        rows.append([label, f"{statistics.fmean(ours):.3f}", f"{statistics.fmean(theirs):.3f}", f"{error:.3f}", share])
+        rows.append([label, f"{ours:.3f}", f"{theirs:.3f}", f"{error:.3f}", f"{(ours - theirs) / error:+.1f}"])
     return markdown_table(["steps", OURS, THEIRS, "standard error", "difference in standard errors"], rows)
 
 
@@ -326,7 +331,8 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
         axes.fill_between(steps, [min(v) for v in by_step], [max(v) for v in by_step], color=colour, alpha=0.18, lw=0)
         axes.plot(steps, [statistics.fmean(v) for v in by_step], color=colour, lw=2, label=name)
     num_seeds = len(next(iter(curves.values())))
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1), xlim=(1, len(steps)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"GRPO on the quickstart, {num_seeds} seeds: mean, lowest and highest", loc="left", fontsize=10)
     axes.legend(frameon=False, loc="lower right")
     axes.grid(axis="y", color="#e5e5e5")

@@ -43,7 +43,7 @@ def main() -> int:
         gains = [sum(run[-LAST_STEPS:]) / LAST_STEPS - sum(run[:FIRST_STEPS]) / FIRST_STEPS for run in rewards]
         learnt &= min(gains) > 0
         summary = Summary.of(rewards, seconds)
-        rows.append([f"`{preset}`", *summary.cells(), f"{min(gains):+.3f}", ", ".join(PRESETS[preset]) or "none"])
+        rows.append([preset, *summary.cells(), f"{min(gains):+.3f}", ", ".join(PRESETS[preset]) or "none"])
     header = [
         "preset",
         f"reward, first {FIRST_STEPS} steps",
