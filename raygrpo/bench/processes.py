@@ -26,9 +26,11 @@ class CpuWatch:
         self._thread.join()
 
     def between(self, start_s: float, end_s: float) -> tuple[float, dict[str, float]]:
-        """(seconds, CPU seconds by kind) from the first sample after start_s to the last before end_s (unix times)."""
-        inside = [(at, usage) for at, usage in self._samples if start_s <= at <= end_s]
-        (first_s, first), (last_s, _) = inside[0], inside[-1]
+        """(seconds, CPU seconds by kind) from the last sample before start_s to the first after end_s (unix times)."""
+        before = [sample for sample in self._samples if sample[0] <= start_s][-1:] or self._samples[:1]
+        after = [sample for sample in self._samples if sample[0] >= end_s][:1] or self._samples[-1:]
+        (first_s, first), (last_s, _) = before[0], after[0]
+        inside = [(at, usage) for at, usage in self._samples if first_s <= at <= last_s]
         newest = {
             pid: entry for _, usage in inside for pid, entry in usage.items()
         }  # of those that ended meanwhile too
@@ -40,8 +42,9 @@ class CpuWatch:
     def _watch(self) -> None:
         done = False
         while not done:
-            done = self._done.wait(self._period_s)
             self._samples.append((time.time(), cpu_seconds()))
+            done = self._done.wait(self._period_s)
+        self._samples.append((time.time(), cpu_seconds()))
 
 
 THIS, REST = "this process", "the rest"

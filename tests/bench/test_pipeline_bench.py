@@ -55,7 +55,7 @@ def test_cpu_time_is_booked_between_the_given_times_also_of_processes_that_end()
         time.sleep(0.2)
         end_s = time.time()
     seconds, totals = watch.between(start_s, end_s)
-    assert 0.3 < seconds <= end_s - start_s
+    assert end_s - start_s <= seconds < end_s - start_s + 1.0
     assert 0 < totals["raylet, GCS"] <= seconds * os.cpu_count()
     _, later = watch.between(end_s - 0.1, end_s)
     assert later.get("raylet, GCS", 0.0) == 0.0
