@@ -3,7 +3,7 @@
 A tiny Qwen3 (hidden 256, 4 layers, vocabulary 4096) on one thread, in CPU time. All methods see the same tokens; every
 step has new tokens and new ragged lengths (half to one and a half of the mean); methods are interleaved step by step in
 one process, so that whatever else the machine does hits all alike; ratios are taken within a step, then the median.
-A point takes five steps, or as many as fit 20 CPU seconds: long steps scatter less.
+A point takes five steps, or as many as fit 20 CPU seconds, and two at least: long steps scatter less.
 
     U = (t_packed / t_shared) / (FLOP_packed / FLOP_shared)
 
@@ -39,7 +39,7 @@ from raygrpo.shared_prefix.layout import Group
 
 VOCABULARY = 4096
 STREAM_TOKENS = 2048  # a step holds as many groups as a stream of that size does, as a learner's would
-MAX_STEPS, POINT_SECONDS = 5, 20.0
+MIN_STEPS, MAX_STEPS, POINT_SECONDS = 2, 5, 20.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,7 @@ def measure(
 ) -> Measurement:
     """Timed steps of every method, after one that warms up, compares results and measures memory.
 
-    Where a step is long, so that counting memory does not show in its time, the first is a timed one too. The padded
-    method is timed once: it is the slowest, and no mark depends on it.
+    The padded method is timed once: it is the slowest, and no mark depends on it.
     """
     generator = torch.Generator().manual_seed(hash(point) % 2**31)
     num_groups = max(1, stream_tokens // (point.prompt + point.group_size * point.completion))
@@ -170,10 +169,7 @@ def measure(
     groups = _draw(point, num_groups, generator)
     first = {name: _examine(model, name, groups) for name in methods}
     step_seconds = sum(first[name].seconds for name in methods if name != "padded")
-    if step_seconds > POINT_SECONDS / 2:
-        limits.append(_limit(shape, groups))
-        seconds = {name: [examined.seconds] for name, examined in first.items()}
-    for step in range(min(max_steps, max(1, int(POINT_SECONDS / step_seconds)))):
+    for step in range(min(max_steps, max(MIN_STEPS, int(POINT_SECONDS / step_seconds)))):
         groups = _draw(point, num_groups, generator)
         limits.append(_limit(shape, groups))
         for name in methods[:: -1 if step % 2 else 1]:  # to and fro, so that a drift hits all alike
