@@ -65,7 +65,7 @@ def _check_shapes(
 ) -> None:
     if rewards.ndim not in (1, 2):
         raise ValueError(f"rewards are [R] or [R, K] for K reward functions; got {list(rewards.shape)}")
-    if group_index.ndim != 1 or group_index.is_floating_point():
+    if group_index.ndim != 1 or (group_index.is_floating_point() and len(group_index)):  # torch.tensor([]) is float
         raise ValueError(
             f"group_index is [R], integers; got {list(group_index.shape)}, {group_index.dtype}: for rewards in rows of "
             "one group each, flatten them and repeat each row's number"

@@ -379,4 +379,6 @@ def _was_restarted() -> bool:
     """Whether Ray made this actor anew after it died."""
     import ray
 
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return False  # no actor
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -41,7 +41,8 @@ def test_a_prompt_runs_one_row_of_the_last_mlp():
     assert rows[1, "q_proj"][:2] == [19 + 29, 2 + 25]
 
 
-def test_a_lone_completion_runs_as_a_packed_sequence():
+def test_a_lone_completion_runs_as_a_packed_sequence(monkeypatch):
+    monkeypatch.setattr(last_layer, "_ranks_call_alike", lambda: False)  # other tests leave a process group behind
     model = tiny_model("qwen3")
     enable_shared_prefix(model, self_check=False)
     rows = rows_by_module(model)
