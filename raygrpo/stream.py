@@ -91,7 +91,7 @@ SCORED_GROUP_SCHEMA = pa.schema(
     ]
 )
 
-POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.2  # of Ray Data's loop: see AdaptivePoll
+POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.7  # of Ray Data's loop: see AdaptivePoll
 CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
 
