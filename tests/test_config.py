@@ -372,3 +372,18 @@ def test_every_setting_that_its_name_does_not_explain_is_explained():
 def test_the_yaml_files_of_the_repository_are_valid():
     for path in sorted(Path(__file__).parents[1].glob("pipelines/*.yaml")):
         assert load_config(path).num_steps > 0
+
+
+def test_deterministic_pins_threads_and_refuses_staleness() -> None:
+    config = run_config(deterministic=True, learner={"num_threads": 3})
+    assert (config.generator.num_threads, config.learner.num_threads) == (1, 3)
+    assert run_config().generator.num_threads is None
+    with pytest.raises(ValueError, match="deterministic needs max_staleness 0, not 1"):
+        run_config(deterministic=True, max_staleness=1)
+
+
+def test_a_pool_that_cannot_grow_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_actors \(1\) is less than generator.num_actors \(2\)"):
+        run_config(generator={"num_actors": 2, "max_actors": 1})
+    with pytest.raises(ValueError, match=r"target_groups \(4\) sizes a pool that grows"):
+        run_config(generator={"target_groups": 4})

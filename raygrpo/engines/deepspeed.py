@@ -137,9 +137,8 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def named_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor on its device) of every parameter, or of those that are trained; tied ones
-        once. Under ZeRO-3 in buckets,
-        never the whole model at once: a tensor is valid until the next is asked for, and every rank must exhaust the
-        iterator."""
+        once. Under ZeRO-3 in buckets, never the whole model at once: a tensor is valid until the next is asked for, and
+        every rank must exhaust the iterator."""
         named: Any = self._policy.named_parameters()
         wanted = [(name, parameter) for name, parameter in named if parameter.requires_grad or not trained_only]
         if not self._is_zero3:

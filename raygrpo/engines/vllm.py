@@ -44,7 +44,7 @@ OWN_OPTIONS = {  # vLLM option -> where it is set instead, or why it is fixed
     "logprobs_mode": "always processed_logprobs: of the distribution that was sampled from",
     "worker_extension_cls": "raygrpo's own, which loads published weights",
     "quantization": "published weights are not quantised",
-    "enable_lora": "all weights are published",
+    "enable_lora": "model.lora; adapters are merged into the weights",
     "data_parallel_size": "generator.num_actors",
     "pipeline_parallel_size": "not supported; use tensor_parallel_size",
 }
