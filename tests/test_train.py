@@ -16,6 +16,7 @@ from raygrpo.config import RunConfig, load_config
 from raygrpo.data import prompt_index
 from raygrpo.prepare import prepare
 from raygrpo.train import RunResult, train
+from tests.chaos import TASK as LETTERS
 from tests.engines.vllm_process import vllm_logprobs
 from tests.tiny_models import tiny_model
 from tests.tracking.conftest import Store
@@ -23,17 +24,9 @@ from tests.tracking.conftest import Store
 pytestmark = pytest.mark.timeout(500)
 GROUPS_PER_STEP, GROUP_SIZE, NUM_PROMPTS = 4, 4, 10
 
-TASK = '''
-def rows():
-    for i in range(10):
-        letter = chr(97 + i)
-        yield {"prompt": f"Write the letter {letter} as often as you can. " * 3, "answer": letter}
-
-
-def share(completion, answer):
-    """Share of the letters that are near the answer: almost never the same for two completions."""
-    return sum(-abs(ord(c) - ord(answer)) for c in completion) / 100 / max(1, len(completion))
-
+TASK = (
+    LETTERS
+    + """
 
 def moody(completion, answer):
     if len(completion) % 5 == 0:
@@ -43,7 +36,8 @@ def moody(completion, answer):
 
 def broken(completion):
     raise KeyError("gold")
-'''
+"""
+)
 
 
 class Recorder:
