@@ -89,22 +89,40 @@ def learn(setup: LearnerSetup, stream: Callable[[str], Callable[[], ScoredGroup]
 
     stream: begins a segment's execution and gives this rank's share of it: a function that returns the next group, and
     raises StopIteration after the last. No ticket is claimed before all ranks have called it.
+
+    An execution takes seconds to begin: the first one does while the policy is built, the others during a checkpoint.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
-    learner = Learner(setup)
-    for name, start, end in segments(setup.config, learner.begin()):
-        learner.train_segment(name, start, end, stream)
-        learner.save(end)
+    learner = Learner(setup, stream)
+    coming = segments(setup.config, learner.first_step)
+    segment = learner.begin_segment(next(coming, None))
+    learner.take_up()
+    while segment is not None:
+        learner.train_segment(segment)
+        following = learner.begin_segment(next(coming, None))
+        learner.save(segment.end_step)
+        segment = following
     learner.finish()
 
 
-class Learner:
-    """One rank's policy and its place in the pipeline."""
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Steps first_step .. end_step - 1, whose stream has begun; next_group gives this rank's share of it."""
 
-    def __init__(self, setup: LearnerSetup):
+    first_step: int
+    end_step: int
+    next_group: Callable[[], ScoredGroup]
+
+
+class Learner:
+    """One rank's policy and its place in the pipeline. All ranks call every method; the constructor finds out where the
+    run goes on, `take_up` loads what that takes."""
+
+    def __init__(self, setup: LearnerSetup, stream: Callable[[str], Callable[[], ScoredGroup]]):
         import torch.distributed as dist
 
         self._config = setup.config
+        self._stream = stream
         self._link = setup.link
         self._export_dir = setup.export_dir
         self._prompts_digest = setup.prompts_digest
@@ -114,51 +132,60 @@ class Learner:
         self._committing: Future[None] | None = None
         self._is_checked = False
         self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
-        self._attempt = 0
         self._failed_checkpoints = 0
         self._generator_failures = 0  # that earlier steps reported
         self._rank = dist.get_rank()
-        self._policy, self._engine, self._updater, self._shape = build_policy(setup.config)
         self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
         self._last_publish: Interval = (0.0, 0.0)
         self._step_start_s = time.time()
         self._background = ThreadPoolExecutor(1, "checkpoint")
-
-    def begin(self) -> int:
-        """Take up the run where its newest checkpoint left it; returns the first step to train. All ranks call it."""
         newest = self._checkpoints.newest() if self._rank == 0 else None
-        newest = _gather(newest)[0]
-        first_step = 0
-        if newest is not None:
-            self._check_resumable(newest.state)
-            self._engine.load(newest.directory)
-            self._updater.kl_coef = newest.state.kl_coef
-            first_step = newest.state.step
+        self._checkpoint = _gather(newest)[0]
+        self._attempt = 0
+        if self._checkpoint is not None:
+            self._check_resumable(self._checkpoint.state)
         if self._rank == 0:
-            at_least = newest.state.attempt + 1 if newest is not None else 0
+            at_least = self._checkpoint.state.attempt + 1 if self._checkpoint is not None else 0
             self._attempt = self._link.begin_attempt(at_least)
-        self.publish(first_step)
-        return first_step
+
+    @property
+    def first_step(self) -> int:
+        """The first that is to be trained."""
+        return self._checkpoint.state.step if self._checkpoint is not None else 0
 
     def _check_resumable(self, state: RunState) -> None:
         """Refuse what would silently train something else."""
-        now = self._state(state.step)
-        for key, what in RESUME_NEEDS.items():
-            before, after = getattr(state, key), getattr(now, key)
-            if before != after:
-                raise RunStopped(f"the checkpoint of step {state.step} has {what} {before}, and this run has {after}")
+        for key, now in self._what_stays().items():
+            before = getattr(state, key)
+            if before != now:
+                what = RESUME_NEEDS[key]
+                raise RunStopped(f"the checkpoint of step {state.step} has {what} {before}, and this run has {now}")
+
+    def _what_stays(self) -> dict[str, Any]:
+        """The settings that a run cannot change when it is resumed."""
+        return {
+            "num_learners": self._config.learner.num_workers,
+            "zero_stage": self._config.learner.zero_stage,
+            "groups_per_step": self._config.groups_per_step,
+            "seed": self._config.seed,
+            "prompts_digest": self._prompts_digest,
+        }
+
+    def take_up(self) -> None:
+        """The policy as the newest checkpoint left it, and its first publish."""
+        self._policy, self._engine, self._updater, self._shape = build_policy(self._config)
+        if self._checkpoint is not None:
+            self._engine.load(self._checkpoint.directory)
+            self._updater.kl_coef = self._checkpoint.state.kl_coef
+        self.publish(self.first_step)
 
     def _state(self, step: int) -> RunState:
         return RunState(
             step=step,
             attempt=self._attempt,
-            num_learners=self._config.learner.num_workers,
-            zero_stage=self._config.learner.zero_stage,
             kl_coef=self._updater.kl_coef,
-            prompts_digest=self._prompts_digest,
-            groups_per_step=self._config.groups_per_step,
-            seed=self._config.seed,
             mean_reward=sum(self._rewards) / len(self._rewards) if self._rewards else math.nan,
+            **self._what_stays(),
         )
 
     def save(self, step: int) -> None:
@@ -193,22 +220,27 @@ class Learner:
             self._committing.result()
             self._committing = None
 
-    def train_segment(
-        self, name: str, first_step: int, end_step: int, stream: Callable[[str], Callable[[], ScoredGroup]]
-    ) -> None:
-        """Steps first_step .. end_step - 1, from this rank's share of the segment."""
+    def begin_segment(self, steps: tuple[str, int, int] | None) -> Segment | None:
+        """Begin the stream of a segment that `segments` named; None at the end of the run."""
+        if steps is None:
+            return None
+        name, first_step, end_step = steps
         if self._rank == 0:
             per_step = self._config.groups_per_step
             self._link.begin_segment(name, first_step * per_step, (end_step - first_step) * per_step)
-        next_group = stream(name)  # with the learner of rank 0 the last: an execution begins when all have asked
-        for step in range(first_step, end_step):
+        # With the learner of rank 0 the last: an execution begins when all have asked.
+        return Segment(first_step, end_step, self._stream(name))
+
+    def train_segment(self, segment: Segment) -> None:
+        """All of its steps, from this rank's share of their groups."""
+        for step in range(segment.first_step, segment.end_step):
             # On-policy, the next group cannot come before the acks; else generating goes on while they come.
             if self._config.max_staleness == 0:
                 self._report()
             wait_start_s = time.time()
             if self._rank == 0:
                 self._link.learners_do(f"waiting for the groups of step {step}")
-            groups = self._collect(step, next_group)
+            groups = self._collect(step, segment.next_group)
             learn_start_s = time.time()
             self._report()
             if self._rank == 0:
@@ -233,7 +265,7 @@ class Learner:
         self._report()
         try:
             while True:
-                ticket = next_group().group.ticket
+                ticket = segment.next_group().group.ticket
                 assert ticket == FENCED, f"ticket {ticket} is beyond the segment's end"
         except StopIteration:
             return
