@@ -237,6 +237,9 @@ class LearnerConfig(Section):
     skip_zero_advantages: bool = True
     """Encode no group whose advantages are all zero. Exact, and so done only while neither a KL penalty in the loss nor
     an entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""
+    min_shared_head: PositiveInt | None = None
+    """Prompts of different groups that begin with at least so many equal tokens (a system prompt, few-shot examples, a
+    document) share these too, where they meet in a micro-batch. Exact; null: each group encodes its whole prompt."""
     attention: str = "auto"
     """Backend of the shared-prefix attention; auto: the best that the device supports."""
     max_restarts: NonNegativeInt = 3
