@@ -30,7 +30,8 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE=
 import torch
 from runs import QUICKSTART, Summary, markdown_table, study_arguments, train
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.engines.deepspeed import learning_rate
 from raygrpo.imports import import_object
 from raygrpo.prepare import PreparedRun, prepare

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.summary import FIRST_STEPS, LAST_STEPS
 from raygrpo.types import StepMetrics
 

@@ -179,7 +179,7 @@ def bench_pipeline(
 
 
 def _load(config: Path, overrides: list[str] | None) -> RunConfig:
-    from raygrpo.config import load_config
+    from raygrpo.config_file import load_config
 
     return _or_exit(lambda: load_config(config, overrides))
 

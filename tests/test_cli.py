@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from raygrpo.check import batch_algebra
 from raygrpo.cli import app
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.prepare import prepare
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

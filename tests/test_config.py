@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from raygrpo.algorithm_config import AlgorithmConfig
-from raygrpo.config import LearnerConfig, RunConfig, load_config
+from raygrpo.config import LearnerConfig, RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.presets import PRESETS
 from raygrpo.section import Section, merge
 from tests.conftest import TINY_RUN, run_config

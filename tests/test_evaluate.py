@@ -8,7 +8,7 @@ import statistics
 import pytest
 import yaml
 
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.evaluate import evaluate
 from tests.test_train import TASK
 from tests.tiny_models import tiny_model

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from raygrpo.checkpoint import CheckpointStore, RunState
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.data import prompt_index
 from raygrpo.local import train_locally
 from raygrpo.prepare import prepare

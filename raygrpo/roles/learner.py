@@ -396,6 +396,7 @@ def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, Mo
         temperature=config.generator.sampling.temperature,
         max_completion_tokens=config.generator.sampling.max_tokens,
         skip_zero_advantages=learner.skip_zero_advantages,
+        min_shared_head=learner.min_shared_head,
         device=device,
         adapters_off=adapters_off,
     )

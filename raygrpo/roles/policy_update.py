@@ -107,6 +107,7 @@ class PolicyUpdater:
         temperature: float,
         max_completion_tokens: int,
         skip_zero_advantages: bool,
+        min_shared_head: int | None,
         device: torch.device,
         adapters_off: Callable[[], AbstractContextManager[Any]] | None = None,
     ):
@@ -119,6 +120,7 @@ class PolicyUpdater:
         self._reward = reward
         self._weights = torch.tensor([function.weight for function in reward.functions], dtype=torch.float64)
         self._max_tokens = max_tokens
+        self._min_shared_head = min_shared_head
         self._temperature = temperature
         self._max_completion_tokens = max_completion_tokens
         # Exact only where nothing but the advantage gives a token a gradient.
@@ -258,7 +260,8 @@ class PolicyUpdater:
         skip = self._without_gradient(batch, members, advantages)
         groups = [batch.groups[index] for index in members]
         kept = [group for index, group in enumerate(groups) if index not in skip]
-        counts = PassCounts.maximum(_all_gather_objects(plan_passes(kept, self._max_tokens).counts))
+        passes = plan_passes(kept, self._max_tokens, min_shared_head=self._min_shared_head)
+        counts = PassCounts.maximum(_all_gather_objects(passes.counts))
         counts = PassCounts(max(counts.streams, 1), counts.split_parts)  # DeepSpeed needs a backward before a step
         parts: list[dict[str, Any]] = []
 
@@ -286,7 +289,7 @@ class PolicyUpdater:
             parts.append(metrics)
             return loss
 
-        accumulate_gradients(
+        accumulated = accumulate_gradients(
             self._engine.module,
             groups,
             loss_fn,
@@ -294,6 +297,7 @@ class PolicyUpdater:
             temperature=self._temperature,
             entropy=True,
             skip=skip,
+            min_shared_head=self._min_shared_head,
             backward=self._engine.backward,
             counts=counts,
         )
@@ -302,11 +306,13 @@ class PolicyUpdater:
         metrics = finish_metrics(combine_metrics(_all_gather_objects(combined)))
         seen = batch.tokens_of(chosen[[i for i in range(len(members)) if i not in skip]])
         local = batch_totals(mask[seen], batch.rollout_index[seen], len(batch.lengths))
-        trained = Totals(*_all_sum([local.tokens, local.rollouts]))
+        *trained, tokens_run = _all_sum([local.tokens, local.rollouts, accumulated.num_tokens])
+        trained = Totals(*trained)
         return _over_what_was_seen(metrics, totals, trained, self._settings) | {
             "policy/grad_norm": norm,
             "policy/lr": rate,
             "policy/skipped_token_fraction": 1 - trained.tokens / max(totals.tokens, 1),
+            "prefix/tokens_run": float(tokens_run),
         }
 
     def _without_gradient(self, batch: StepBatch, members: list[int], advantages: Tensor) -> set[int]:
@@ -319,14 +325,15 @@ class PolicyUpdater:
     def _score(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
         """[S] log-probabilities without gradient, in streams of at most max_tokens; as many passes on every rank."""
         pieces = [piece for group in groups for piece in _pieces(group, self._max_tokens)]
-        streams = pack(pieces, self._max_tokens)
+        streams = pack(pieces, self._max_tokens, min_shared_head=self._min_shared_head)
         lengths = torch.tensor([sum(len(completion) for completion in piece[1]) for piece in pieces], dtype=torch.int64)
         starts = lengths.cumsum(0) - lengths
         result = torch.empty(int(lengths.sum()), device=self._device)
         most = max(_all_gather_objects(len(streams)))
         with torch.no_grad():
             for stream in streams:
-                shared = SharedPrefixBatch.from_groups([pieces[index] for index in stream])
+                members = [pieces[index] for index in stream]
+                shared = SharedPrefixBatch.from_groups(members, min_shared_head=self._min_shared_head)
                 scores = score_completions(model, shared, temperature=self._temperature).logprobs
                 index = torch.cat([torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in stream])
                 result[index.to(self._device)] = scores.float()

@@ -42,11 +42,13 @@ LossFn = Callable[[Tensor, Part], Tensor]
 class Accumulated:
     """Sum of all losses, and what they were computed from, without gradient: [S] each, all completions in order.
 
-    Tokens of skipped groups are NaN."""
+    Tokens of skipped groups are NaN. num_tokens: that went through the model, whatever is shared once, padding left
+    out."""
 
     loss: float
     logprobs: Tensor
     entropy: Tensor | None
+    num_tokens: int
 
 
 def accumulate_gradients(
@@ -105,6 +107,7 @@ class _Run:
             self.first_token.append(self.first_token[-1] + sum(len(completion) for completion in completions))
         self.scored: list[tuple[Tensor, CompletionScores]] = []
         self.loss = 0.0
+        self.num_tokens = 0
 
     def stream(self, indices: Sequence[int]) -> None:
         """One stream of whole groups."""
@@ -120,6 +123,7 @@ class _Run:
         """One group in parts, then padding up to `total` parts; index None: padding only."""
         prompt, completions = ([0], []) if index is None else self.groups[index]
         request = Request(SharedPrefixBatch.from_groups([(prompt, [])]), encode_only=True)
+        self.num_tokens += 0 if index is None else len(prompt)
         encoded = _flat(PrefixState(*run_request(self.model, request)))
         leaves = [tensor.detach().requires_grad_() for tensor in encoded]
         for part in parts:
@@ -146,6 +150,7 @@ class _Run:
         )
         loss = self.loss_fn(scores.logprobs, part)
         self.loss += float(loss.detach())
+        self.num_tokens += batch.num_tokens
         entropy = None if scores.entropy is None else scores.entropy.detach()
         self.scored.append((part.tokens, CompletionScores(scores.logprobs.detach(), entropy)))
         self.backward(loss)
@@ -158,10 +163,10 @@ class _Run:
     def result(self) -> Accumulated:
         if not self.scored:
             empty = torch.full((self.first_token[-1],), torch.nan)
-            return Accumulated(self.loss, empty, empty.clone() if self.entropy else None)
+            return Accumulated(self.loss, empty, empty.clone() if self.entropy else None, self.num_tokens)
         logprobs = self._gathered([(tokens, scores.logprobs) for tokens, scores in self.scored])
         entropy = [(tokens, scores.entropy) for tokens, scores in self.scored if scores.entropy is not None]
-        return Accumulated(self.loss, logprobs, self._gathered(entropy) if entropy else None)
+        return Accumulated(self.loss, logprobs, self._gathered(entropy) if entropy else None, self.num_tokens)
 
     def _gathered(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Values of all completion tokens, [S], from (which tokens, their values)."""

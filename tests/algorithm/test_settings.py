@@ -17,7 +17,8 @@ from raygrpo.algorithm import (
     policy_loss,
     rollout_loss_mask,
 )
-from raygrpo.config import AlgorithmConfig, RunConfig, load_config
+from raygrpo.config import AlgorithmConfig, RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.presets import PRESETS, preset_fields
 from tests.algorithm.batches import random_batch
 

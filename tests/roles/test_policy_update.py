@@ -21,6 +21,7 @@ from tests.roles.update_cases import (
     CASES,
     FAILED,
     GROUPS_PER_STEP,
+    SYSTEM_PROMPT,
     case_config,
     make_step,
     plain_scores,
@@ -39,6 +40,8 @@ GANG_RUNS = [
     ("plain", 2),
     ("plain", 3),
     ("small_micro_batches", 3),
+    ("shared_heads", 3),
+    ("shared_heads", 3),
     ("truncated_masked", 2),
     ("kl_in_loss", 1),
     ("four_updates", 3),
@@ -99,10 +102,10 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
     return max((found[name] - expected[name]).abs().max().item() for name in expected)
 
 
-def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, float]], but: str = "") -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
-        for name in one:
+        for name in one.keys() - {but}:
             assert one[name] == pytest.approx(other[name], rel=2e-5, abs=1e-6), name
 
 
@@ -123,7 +126,8 @@ def test_an_update_equals_the_formulas_on_one_completion_at_a_time(case, alone, 
 
 @pytest.mark.parametrize("case", set(CASES) - {"plain"})
 def test_every_setting_but_the_exact_ones_changes_the_weights(case, alone):
-    exact = {"small_micro_batches", "middling_micro_batches", "nothing_skipped", "checkpointed_activations"}
+    micro_batches = {"small_micro_batches", "middling_micro_batches"}
+    exact = {*micro_batches, "nothing_skipped", "shared_heads", "checkpointed_activations"}
     difference = largest_difference(alone(case)["weights"], alone("plain")["weights"])
     assert difference < 1e-6 if case in exact else difference > 1e-4
 
@@ -149,6 +153,15 @@ def test_metrics_do_not_depend_on_micro_batches(case, alone):
     assert_same_metrics(alone(case)["metrics"], alone("plain")["metrics"])
 
 
+def test_a_head_that_prompts_share_is_run_once(alone):
+    plain, shared = alone("plain"), alone("shared_heads")
+    for without, having, advantages in zip(plain["metrics"], shared["metrics"], plain["advantages"], strict=True):
+        trained = sum(any(of_group) and place % 3 > 0 for place, of_group in enumerate(advantages))
+        assert trained > 2
+        saved = without["prefix/tokens_run"] - having["prefix/tokens_run"]
+        assert saved == len(SYSTEM_PROMPT) * (trained - 1)
+
+
 # Several ranks.
 
 
@@ -158,7 +171,8 @@ def test_ranks_together_do_what_one_does_alone(world, case, stage, gang, alone):
     expected = alone(case)
     for rank, found in enumerate(gang(world, case, stage)):
         assert largest_difference(found["weights"], expected["weights"]) < 5e-6
-        assert_same_metrics(found["metrics"], expected["metrics"])
+        # Each rank runs a head that its prompts share once.
+        assert_same_metrics(found["metrics"], expected["metrics"], but="prefix/tokens_run" * case.startswith("shared"))
         for of_step, expected_of_step in zip(found["advantages"], expected["advantages"], strict=True):
             for of_group, expected_of_group in zip(of_step, expected_of_step[rank::world], strict=True):
                 assert of_group == pytest.approx(expected_of_group, abs=5e-5)  # likewise

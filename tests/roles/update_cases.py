@@ -20,6 +20,7 @@ from tests.conftest import run_config
 
 GROUPS_PER_STEP = 12  # so that 1, 2 and 3 ranks, and two mini-batches on each, share them evenly
 MAX_COMPLETION_TOKENS = 9
+SYSTEM_PROMPT = [3, 141, 59, 26]  # of two prompts in three
 WEIGHTS = (1.0, 0.5)  # of the two reward functions
 FAILED = Reward(total=0.0, components=[math.nan, 1.0], error="ValueError: no")
 
@@ -39,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "four_updates_kl_in_reward_in_parts": {
         "algorithm": {"mini_batches": 2, "epochs": 2, "kl": {"coef": 0.4, "placement": "reward", "estimator": "k3"}},
         "learner": {"max_tokens": 24},
+    },
+    "shared_heads": {"learner": {"min_shared_head": 3}},
+    "shared_heads_kl_in_parts": {
+        "learner": {"min_shared_head": 2, "max_tokens": 24},
+        "algorithm": {"kl": {"coef": 0.4, "placement": "reward", "estimator": "k1"}},
     },
     "checkpointed_activations": {"model": {"gradient_checkpointing": True}, "learner": {"max_tokens": 40}},
 }
@@ -84,7 +90,7 @@ def make_step(model: nn.Module, step: int, temperature: float = 1.0) -> list[Sco
 
     groups = []
     for place in range(GROUPS_PER_STEP):
-        prompt_ids = ids(1, 14)
+        prompt_ids = (SYSTEM_PROMPT if place % 3 else []) + ids(1, 10)
         rollouts, rewards = [], []
         for _ in range(0 if place == 5 else 4):
             completion_ids = ids(1, MAX_COMPLETION_TOKENS)
