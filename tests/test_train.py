@@ -46,11 +46,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.phases: list[str] = []
+        self.links: dict[str, str] = {}
         self.steps: list[int] = []
         self.warnings: list[str] = []
 
     def on_phase(self, text: str) -> None:
         self.phases.append(text)
+
+    def on_link(self, title: str, address: str) -> None:
+        self.links[title] = address
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)
@@ -102,6 +106,7 @@ def check_run(config: RunConfig, result: RunResult, recorder: Recorder) -> None:
     steps = list(range(config.num_steps))
     assert list(result.history) == recorder.steps == steps
     assert recorder.phases[-1] == "training"
+    assert recorder.links == {"MLflow": result.links.ui_command}
     per_step = config.completions_per_step
     for metrics in result.history.values():
         assert metrics["staleness/max"] <= config.max_staleness
