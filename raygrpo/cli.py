@@ -183,8 +183,12 @@ def submit(
     jobs = _or_exit(lambda: RayJobs(address))
     job_id = _or_exit(lambda: jobs.submit(submission, lambda text: typer.echo(text, err=True)))
     typer.echo(f"job {job_id}: {jobs.page(job_id)}", err=True)
-    if wait:
+    if not wait:
+        return
+    try:
         _follow(jobs, job_id)
+    finally:
+        submission.remove_probe()
 
 
 @app.command()

@@ -356,14 +356,14 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
 def _interruptible(trainer: type[TorchTrainer]) -> type[TorchTrainer]:
     """The trainer, but an interrupt raises KeyboardInterrupt in `fit`, as anywhere. Ray Train 2.60 installs a handler
     that ends the process instead, with an exit status of 0, before a run can be recorded as stopped."""
+    import ray
     import ray.exceptions
-    import ray.train
 
     class Interruptible(trainer):
         def _register_sigint_handler(self, controller: ActorHandle) -> None:
             self._controller = controller
 
-        def fit(self) -> ray.train.Result:
+        def fit(self) -> Any:
             try:
                 return super().fit()
             except KeyboardInterrupt:

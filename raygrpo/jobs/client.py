@@ -48,6 +48,16 @@ class Submission:
     resume_command: str  # what the user would type to continue the run
     probe: str | None  # file in output_dir by which the driver knows that it is the same directory
 
+    def write_probe(self) -> None:
+        if self.probe:
+            Path(self.probe).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.probe).touch()
+
+    def remove_probe(self) -> None:
+        """Where the driver did not: it does not see it, or never ran."""
+        if self.probe:
+            Path(self.probe).unlink(missing_ok=True)
+
 
 def plan(config_path: Path, overrides: list[str], address: str | None, *, resume: bool) -> Submission:
     """What `raygrpo submit` sends, without sending it. Raises ValueError for settings or paths that cannot work.
@@ -102,9 +112,7 @@ class RayJobs:
         """Send it; returns the job's id. Waits, and says so, while the cluster has no agent that takes jobs."""
         job_id = f"raygrpo_{secrets.token_hex(6)}"
         metadata = metadata_of(self.address, submission.resume_command, submission.probe)
-        if submission.probe:
-            Path(submission.probe).parent.mkdir(parents=True, exist_ok=True)
-            Path(submission.probe).touch()
+        submission.write_probe()
         with self._explained(), tempfile.TemporaryDirectory() as directory:
             package = Path(directory, "project.zip")
             pack(submission.project, package)

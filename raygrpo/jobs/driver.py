@@ -7,6 +7,7 @@ either on any node. That is tried, not believed: every node is asked for a file 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -84,11 +85,14 @@ def require_lasting_paths(config: RunConfig) -> None:
             f"the tracking URI is {uri}: in a Ray job that file is in a copy of the working directory, which Ray "
             "deletes. Set tracking.uri to a server, or to sqlite:/// and an absolute path"
         )
-    if job.probe is not None and not Path(job.probe).exists():
+    if job.probe is not None and not os.path.exists(job.probe):
         raise ValueError(
             f"output_dir {config.output_dir} is on the machine that submitted the job, and the driver's node does not "
             "see what that machine wrote there. Set output_dir to an absolute path, on storage that all nodes share"
         )
+    if job.probe is not None:
+        with contextlib.suppress(OSError):  # another user's file
+            os.unlink(job.probe)
 
 
 def require_shared_storage(config: RunConfig) -> None:
@@ -114,21 +118,26 @@ def require_shared_storage(config: RunConfig) -> None:
     probe.touch()
     model = Path(config.model.path, "config.json") if os.path.isabs(config.model.path) else None
     try:
-        missing = _ask_nodes(nodes, str(probe), str(model) if model else None)
+        answers = _ask_nodes(nodes, str(probe), str(model) if model else None)
     finally:
         probe.unlink(missing_ok=True)
-    blind = [nodes[node] for node, (sees_output, _) in missing.items() if not sees_output]
+    check_answers(config, nodes, answers)
+
+
+def check_answers(config: RunConfig, nodes: dict[str, str], answers: dict[str, tuple[bool, bool]]) -> None:
+    """nodes: names by id. answers: of each that lives, whether it sees the output directory and the model."""
+    blind = sorted(nodes[node] for node, (sees_output, _) in answers.items() if not sees_output)
     if blind:
         raise ValueError(
-            f"output_dir {root} is not the same directory on all nodes: {', '.join(sorted(blind))} "
-            f"({len(blind)} of {len(nodes)}) do not see what the driver writes there. Set output_dir to storage that "
-            "all nodes share: checkpoints and the run's record go there from several nodes"
+            f"output_dir {config.output_dir} is not the same directory on all nodes: {', '.join(blind)} ({len(blind)} "
+            f"of {len(nodes)}) do not see what the driver writes there. Set output_dir to storage that all nodes "
+            "share: checkpoints and the run's record go there from several nodes"
         )
-    without = [nodes[node] for node, (_, sees_model) in missing.items() if not sees_model]
+    without = sorted(nodes[node] for node, (_, sees_model) in answers.items() if not sees_model)
     if without:
         raise ValueError(
-            f"model.path {config.model.path} is not there on {', '.join(sorted(without))} ({len(without)} of "
-            f"{len(nodes)} nodes): put the model on storage that all nodes share, or name one of the Hugging Face hub"
+            f"model.path {config.model.path} is not there on {', '.join(without)} ({len(without)} of {len(nodes)} "
+            "nodes): put the model on storage that all nodes share, or name one of the Hugging Face hub"
         )
 
 
