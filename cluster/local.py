@@ -157,13 +157,16 @@ class LocalCluster:
     def _launch(self, name: str, program: str, *arguments: str, to_log: bool = True) -> None:
         log = open(self._log(name), "wb") if to_log else None  # noqa: SIM115  (the process keeps it)
         self._processes[name] = subprocess.Popen(
-            [str(BIN / program), *arguments],
+            self._command(name, program, *arguments),
             cwd=PROJECT,
             env=self.environment,
             stdout=log,
             stderr=subprocess.STDOUT if log else None,
             start_new_session=True,
         )
+
+    def _command(self, name: str, program: str, *arguments: str) -> list[str]:
+        return [str(BIN / program), *arguments]
 
     def _log(self, name: str) -> Path:
         return self.directory / f"{name}.log"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import shlex
@@ -95,6 +96,8 @@ class RayJobs:
         machine."""
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and closed sockets
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self._named = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "auto"
         self._followed: dict[str, Lines] = {}  # by job
         with self._explained(), _without_variables("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", when=address is not None):
