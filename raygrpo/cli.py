@@ -286,6 +286,7 @@ def _follow(jobs: RayJobs, job_id: str) -> None:
     from rich.console import Console
 
     from raygrpo.console import show_log
+    from raygrpo.jobs.client import failure
 
     interrupted = False
     with show_log(Console()) as show:
@@ -303,6 +304,8 @@ def _follow(jobs: RayJobs, job_id: str) -> None:
     typer.echo(f"job {job_id}: {info.status.value}", err=True)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+    if reason := failure(info):
+        _fail(reason)
     if info.status != "SUCCEEDED":
         raise typer.Exit(1)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
     from ray.job_submission import JobSubmissionClient
 
+COMMAND_NOT_FOUND = 127  # exit status of a shell
 NO_AGENT = "No available agent"  # what the head answers while its nodes are still starting
 AGENT_LIMIT_S = 180.0
 RETRY_S = 3.0
@@ -133,6 +134,10 @@ class RayJobs:
                         raise
                     on_wait("the cluster has no agent that takes jobs yet; trying again")
                     time.sleep(RETRY_S)
+                except KeyboardInterrupt:
+                    with contextlib.suppress(RuntimeError):  # most likely it has not begun
+                        self._client.stop_job(job_id)
+                    raise
 
     def info(self, job_id: str) -> JobDetails:
         with self._explained():
@@ -209,6 +214,15 @@ class RayJobs:
             raise ValueError(f"the cluster at {self._named} refused: {error}") from None
 
 
+def failure(info: JobDetails) -> str | None:
+    """Why a job failed, where its own log does not say it."""
+    if info.status != "FAILED":
+        return None
+    if info.driver_exit_code == COMMAND_NOT_FOUND:
+        return "the cluster's nodes have no `raygrpo` on their PATH: install it there"
+    return None if info.error_type == "JOB_ENTRYPOINT_COMMAND_ERROR" else info.message
+
+
 def describe(jobs: RayJobs, job_id: str) -> str:
     """Status, times, page and command of a job, and how far it is, in a few lines."""
     info = jobs.info(job_id)
@@ -219,6 +233,7 @@ def describe(jobs: RayJobs, job_id: str) -> str:
         "page": jobs.page(job_id),
         "command": info.entrypoint,
         "to resume": (info.metadata or {}).get(RESUME_KEY),
+        "failure": failure(info),
     }
     log = [line for line in jobs.log(job_id).splitlines() if line.strip()]
     if log:
