@@ -71,7 +71,7 @@ def plan(config_path: Path, overrides: list[str], address: str | None, *, resume
     project = find_project(config_path, config.output_dir)
     here = Path.cwd().resolve()
     directory = here if here.is_relative_to(project.root) else config_path.resolve().parent
-    if not project.holds(config_path.resolve()):
+    if project.left_behind(config_path.resolve()):
         raise ValueError(f"{config_path} does not travel with the job: git ignores it, or it is in output_dir")
     command = ["raygrpo", "train", os.path.relpath(config_path.resolve(), directory), *overrides]
     command += job_overrides(config, project, directory) + ["--resume"] * resume

@@ -12,11 +12,14 @@ YAML. What lies elsewhere keeps its absolute path and must be there on the clust
 from __future__ import annotations
 
 import glob
+import json
 import os
 import subprocess
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from raygrpo.config import RunConfig
 from raygrpo.tracking import resolve_tracking_uri
@@ -34,10 +37,14 @@ class Project:
     root: Path
     files: list[str]
 
-    def holds(self, path: str | Path) -> bool:
-        """Whether the file travels, or something in the directory does."""
-        relative = os.path.relpath(path, self.root)
-        return relative == "." or relative in self.files or any(f.startswith(relative + os.sep) for f in self.files)
+    def left_behind(self, path: Path) -> Path | None:
+        """A file of this file or directory that does not travel; None where all do. Hidden ones do not count."""
+        if not path.is_dir():
+            return None if os.path.relpath(path, self.root) in self.files else path
+        within = sorted(file for file in path.rglob("*") if file.is_file())
+        shown = [file for file in within if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        lacking = [file for file in shown if os.path.relpath(file, self.root) not in self.files]
+        return lacking[0] if lacking else None
 
 
 def find_project(config_path: str | Path, output_dir: str | Path) -> Project:
@@ -71,15 +78,14 @@ def job_overrides(config: RunConfig, project: Project, job_directory: Path) -> l
 
     Raises ValueError for a path in the project that does not travel.
     """
-    overrides = []
-    for section, key in (("model", "path"), ("data", "source")):
-        value = getattr(getattr(config, section), key)
+    paths = {"output_dir": str(Path(config.output_dir).expanduser().absolute())}
+    for setting, value in (("model.path", config.model.path), ("data.source", config.data.source)):
         if os.path.isabs(value):
-            overrides.append(f"{section}.{key}={_job_path(f'{section}.{key}', value, project, job_directory)}")
-    overrides.append(f"output_dir={Path(config.output_dir).expanduser().absolute()}")
+            paths[setting] = _job_path(setting, value, project, job_directory)
     if (config.tracking.uri or "").startswith("sqlite:"):
-        overrides.append(f"tracking.uri={resolve_tracking_uri(config)}")
-    return overrides
+        paths["tracking.uri"] = resolve_tracking_uri(config)
+    # Values are YAML, for which a path may be something else than a text.
+    return [f"{key}={path if yaml.safe_load(path) == path else json.dumps(path)}" for key, path in paths.items()]
 
 
 def _job_path(setting: str, path: str, project: Project, job_directory: Path) -> str:
@@ -87,21 +93,18 @@ def _job_path(setting: str, path: str, project: Project, job_directory: Path) ->
     path = os.path.realpath(path) if not glob.has_magic(path) else path
     if not Path(path).is_relative_to(project.root):
         return path
-    matches = sorted(glob.glob(path, recursive=True)) or [path]
-    left_behind = [match for match in matches if not project.holds(match)]
-    if not left_behind:
-        relative = os.path.relpath(path, job_directory)
-        return relative if relative.startswith("..") else f"./{relative}"
-    exists = os.path.exists(left_behind[0])
-    raise ValueError(
-        f"{setting}: {left_behind[0]} "
-        + (
-            "does not travel with the job: git ignores it, or it is in output_dir. Put it where the cluster's nodes "
-            f"read it, and set {setting} to that absolute path; or, if it is small, let git track it"
-            if exists
-            else "does not exist"
-        )
-    )
+    matches = sorted(glob.glob(path, recursive=True))
+    if not matches:
+        raise ValueError(f"{setting}: {path} does not exist")
+    for match in matches:
+        if lacking := project.left_behind(Path(match)):
+            raise ValueError(
+                f"{setting}: {lacking} does not travel with the job: git ignores it, or it is in output_dir. Put it "
+                f"where the cluster's nodes read it, and set {setting} to that absolute path; or, if it is small, let "
+                "git track it"
+            )
+    relative = os.path.relpath(path, job_directory)
+    return relative if relative.startswith("..") else f"./{relative}"
 
 
 def _check_size(project: Project) -> None:

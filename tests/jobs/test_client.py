@@ -110,7 +110,8 @@ def test_a_run_is_sent_with_its_package_and_who_submitted_it(head, run_yaml):
     assert result.exit_code == 0, result.output
     (request,) = head.submitted
     assert f"job {request['submission_id']}: {head.address}/#/jobs/{request['submission_id']}" in result.stderr
-    assert request["entrypoint"].startswith("raygrpo train run.yaml seed=3 model.path=./model ")
+    assert request["entrypoint"].startswith("raygrpo train run.yaml seed=3 ")
+    assert "model.path=./model data.source=./rows.jsonl" in request["entrypoint"]
     assert request["runtime_env"]["working_dir"].startswith("gcs://_ray_pkg_")
     assert int(request["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 3
     assert request["metadata"]["raygrpo_dashboard"] == head.address

@@ -87,8 +87,9 @@ def test_what_git_would_commit_travels(project):
 
 def test_output_dir_stays_even_where_git_tracks_it(project):
     git(project, "add", "runs")
-    assert not find_project("tasks/run.yaml", project / "runs").holds(project / "runs")
-    assert find_project("tasks/run.yaml", "elsewhere").holds(project / "runs")
+    checkpoint = "runs/run-1/checkpoints/weights"
+    assert checkpoint not in find_project("tasks/run.yaml", project / "runs").files
+    assert checkpoint in find_project("tasks/run.yaml", "elsewhere").files
 
 
 def test_links_bring_nothing_from_outside(project, tmp_path):
@@ -141,6 +142,9 @@ def test_a_project_too_large_for_ray_names_its_largest_files(project, tmp_path, 
 def test_paths_in_the_project_are_those_of_the_copy(project, tmp_path, monkeypatch):
     config = in_the_copy(planned(), tmp_path / "copy", monkeypatch)
     assert config.model.path == str(tmp_path / "copy/tasks/small")
+    odd = in_the_copy(planned("output_dir='/shared/a: b #1'"), tmp_path / "odd", monkeypatch)
+    assert odd.output_dir == "/shared/a: b #1"
+    monkeypatch.chdir(project)
     assert config.data.source == str(tmp_path / "copy/tasks/rows.jsonl")
     assert config.output_dir == str(project / "runs"), "not in the copy"
 
@@ -169,7 +173,9 @@ def test_paths_outside_the_project_and_names_stay(project, tmp_path, monkeypatch
 
 
 def test_data_and_models_that_git_ignores_are_refused(project):
-    with pytest.raises(ValueError, match=r"model\.path: .*/models/large does not travel with the job: git ignores it"):
+    with pytest.raises(
+        ValueError, match=r"model\.path: .*/models/large/config.json does not travel with the job: git ignores it"
+    ):
         planned("model.path=models/large")
     with pytest.raises(ValueError, match=r"data\.source: .*/big\.jsonl does not travel .* absolute path"):
         planned("data.source=big.jsonl")
@@ -177,6 +183,9 @@ def test_data_and_models_that_git_ignores_are_refused(project):
         planned("data.source=./*.jsonl")
     with pytest.raises(ValueError, match=r"data\.source: .*/none\.jsonl does not exist"):
         planned("data.source=none.jsonl")
+    write(project, {"half/config.json": "{}", "half/weights.bin": "", "half/.DS_Store": "", "half/.gitignore": "*.bin"})
+    with pytest.raises(ValueError, match=r"half/weights\.bin does not travel"):
+        planned("model.path=half")
     write(project, {"models/run.yaml": (project / "tasks/run.yaml").read_text()})
     with pytest.raises(ValueError, match=r"models/run\.yaml does not travel"):
         planned("model.path=tasks/small", "data.source=tasks/rows.jsonl", config="models/run.yaml")
