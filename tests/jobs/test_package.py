@@ -174,7 +174,7 @@ def test_paths_outside_the_project_and_names_stay(project, tmp_path, monkeypatch
 
 def test_data_and_models_that_git_ignores_are_refused(project):
     with pytest.raises(
-        ValueError, match=r"model\.path: .*/models/large/config.json does not travel with the job: git ignores it"
+        ValueError, match=r"model\.path: .*/large/config\.json does not travel with the job: git ignores it"
     ):
         planned("model.path=models/large")
     with pytest.raises(ValueError, match=r"data\.source: .*/big\.jsonl does not travel .* absolute path"):
