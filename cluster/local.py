@@ -109,8 +109,7 @@ class LocalCluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 remaining.kill()
         psutil.wait_procs(self.descendants(), STOP_LIMIT_S)
-        left = [f"process {process.pid}: {' '.join(process.cmdline())[:200]}" for process in self.descendants()]
-        return left + [f"port {port} ({name}) is in use" for name, port in self._ports.items() if is_used(port)]
+        return [f"process {process.pid}: {process.name()}" for process in self.descendants()]
 
     def descendants(self) -> list[psutil.Process]:
         """Processes that were started here, by whatever detours: they carry the mark in their environment."""
@@ -192,11 +191,6 @@ def free_ports(num: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def is_used(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def answer(url: str, headers: dict[str, str] | None = None) -> str | None:
     """What the server says; None while it does not."""
     try:
@@ -232,17 +226,14 @@ def main() -> int:
         say(str(error))
     except KeyboardInterrupt:
         say("interrupted")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ending it takes seconds, and half an end is none
-    left = cluster.stop()
-    if arguments.keep is not None:
-        keep(directory, arguments.keep)
-    shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ending it takes seconds, and half an end is none
+        left = cluster.stop()
+        if arguments.keep is not None:
+            keep(directory, arguments.keep)
+        shutil.rmtree(directory, ignore_errors=True)
     left += [f"directory {directory}"] if directory.exists() else []
-    say(
-        "left behind:\n  " + "\n  ".join(left)
-        if left
-        else f"all is down, nothing is left; the job's status was {status}"
-    )
+    say("left behind:\n  " + "\n  ".join(left) if left else "all is down, and nothing is left")
     return status or bool(left)
 
 
