@@ -355,7 +355,7 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
 
 def _interruptible(trainer: type[TorchTrainer]) -> type[TorchTrainer]:
     """The trainer, but an interrupt raises KeyboardInterrupt in `fit`, as anywhere. Ray Train 2.60 installs a handler
-    that ends the process instead, with an exit status of 0, before a run can be recorded as stopped."""
+    that calls sys.exit(0) instead: a stopped run would look like one that ended well."""
     import ray
     import ray.exceptions
 
