@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.jobs.driver import RESUME_KEY, job_page, metadata_of
 from raygrpo.jobs.package import Project, find_project, job_overrides, pack
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.jobs import package
 from raygrpo.jobs.client import plan
 from raygrpo.jobs.package import find_project, pack
