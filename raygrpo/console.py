@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,43 @@ if TYPE_CHECKING:
     from raygrpo.types import StepMetrics
 
 
+STEP_LINE = re.compile(r" *[\d.]+ s  step (\d+)/(\d+)  (.*)")  # as LineWatcher writes it
+
+
 @contextmanager
 def show_progress(config: RunConfig, console: Console) -> Iterator[Watcher]:
     """A watcher that shows the run on the console."""
     if not console.is_terminal:
         yield LineWatcher(config, console)
         return
-    with Progress(
+    with _progress(console) as progress:
+        yield BarWatcher(config, progress)
+
+
+@contextmanager
+def show_log(console: Console) -> Iterator[Callable[[str], None]]:
+    """Shows the lines of another run's log (LineWatcher's among them) on the console: on a terminal the steps move a
+    bar, and the other lines pass above it."""
+    if not console.is_terminal:
+        yield lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    with _progress(console) as progress:
+        task = progress.add_task("", total=None, phase="waiting for the first step")
+
+        def show(line: str) -> None:
+            if step := STEP_LINE.match(line):
+                completed, total, description = step.groups()
+                progress.update(
+                    task, completed=int(completed), total=int(total), phase="training", description=description
+                )
+            else:
+                progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        yield show
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
         SpinnerColumn(),
         TextColumn("{task.fields[phase]}"),
         BarColumn(),
@@ -42,8 +73,7 @@ def show_progress(config: RunConfig, console: Console) -> Iterator[Watcher]:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-    ) as progress:
-        yield BarWatcher(config, progress)
+    )
 
 
 def print_preset(algorithm: AlgorithmConfig, console: Console) -> None:
@@ -70,6 +100,9 @@ class BarWatcher:
     def on_phase(self, text: str) -> None:
         self._progress.update(self._task, phase=text)
 
+    def on_link(self, title: str, address: str) -> None:
+        self._progress.console.print(f"{title}: {address}", markup=False, highlight=False, soft_wrap=True)
+
     def on_step(self, step: int, metrics: StepMetrics) -> None:
         self._progress.update(self._task, completed=step + 1, description=describe_step(metrics))
 
@@ -87,6 +120,9 @@ class LineWatcher:
 
     def on_phase(self, text: str) -> None:
         self._say(text)
+
+    def on_link(self, title: str, address: str) -> None:
+        self._say(f"{title}: {address}")
 
     def on_step(self, step: int, metrics: StepMetrics) -> None:
         self._say(f"step {step + 1}/{self._num_steps}  {describe_step(metrics)}")

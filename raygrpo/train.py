@@ -12,21 +12,24 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
+from raygrpo.jobs.driver import identify, require_shared_storage
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
 
 if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
+    from ray.train.torch import TorchTrainer
 
     from raygrpo.tracking import Links
     from raygrpo.types import StepMetrics
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 # The gate admits what a healthy generator can serve at once; one that lacks the version has restarted unnoticed.
 VERSION_TIMEOUT_S = 10.0
 RAY_STARTS = 3
+ABORT_LIMIT_S = 10.0  # for Ray Train to end a gang that is interrupted
 POLL_S = 0.5  # between looks at the run's progress
 CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
@@ -45,6 +49,8 @@ class Watcher(Protocol):
     """Who is told how the run proceeds; called from one thread."""
 
     def on_phase(self, text: str) -> None: ...
+
+    def on_link(self, title: str, address: str) -> None: ...
 
     def on_step(self, step: int, metrics: StepMetrics) -> None: ...
 
@@ -78,12 +84,14 @@ def train(
     Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
     """
     config = prepared.config
-    run_dir = latest_run_directory(config) if resume else new_run_directory(config)
-    with connect_to_ray(config, verbose=verbose):
+    old_run_dir = latest_run_directory(config) if resume else None
+    with connect_to_ray(config, verbose=verbose) as dashboard, stop_as_interrupt():
         import ray
 
+        require_shared_storage(config)
+        run_dir = old_run_dir or new_run_directory(config)
         watcher.on_phase("starting generators and learners")
-        tracker = launch_tracker(config, run_dir, resume_command)
+        tracker = launch_tracker(config, run_dir, resume_command, dashboard)
         generators = launch_generators(prepared, run_dir.name)
         controller = launch_controller(prepared, run_dir)
         prompts = ray.put(prepared.prompts)
@@ -129,14 +137,15 @@ def latest_run_directory(config: RunConfig) -> Path:
 
 
 @contextmanager
-def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
-    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run."""
+def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[str | None]:
+    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run. Gives
+    the dashboard's host:port, where there is one."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():
-        yield
+        yield None
         return
     demand = required_resources(config)
     # A laptop's cores are shared by roles that mostly take turns: logical CPUs must fit, they do not bind anything.
@@ -152,21 +161,34 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
         # GCS would keep the events of 100,000 tasks, for a dashboard that an embedded Ray does not have.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-    _start_ray(options)
+    dashboard = _start_ray(options)
     try:
-        yield
+        yield dashboard
     finally:
         ray.shutdown()
 
 
-def _start_ray(options: dict[str, Any]) -> None:
+@contextmanager
+def stop_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a job that is stopped, a machine that goes) ends the run as Ctrl-C does: recorded as killed, and ready
+    to be resumed. Ray's own handler would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start_ray(options: dict[str, Any]) -> str | None:
     """ray.init, again where a machine that is busy did not start it within the 30 s that Ray waits."""
     import ray
 
     for remaining in reversed(range(RAY_STARTS)):
         try:
-            ray.init(**options)
-            return
+            return ray.init(**options).dashboard_url
         except Exception as error:
             if not remaining or "timed out during startup" not in str(error):
                 raise
@@ -189,7 +211,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> Any:
+def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None, dashboard: str | None) -> Any:
     import ray
 
     from raygrpo.tracking import Tracker
@@ -201,7 +223,8 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
         max_task_retries=-1,
     )
-    tracker = actor.remote(config, str(run_dir), resume_command=resume_command)
+    tags, links = identify(dashboard)
+    tracker = actor.remote(config, str(run_dir), tags=tags, links=links, resume_command=resume_command)
     ray.get(tracker.start.remote())
     return tracker
 
@@ -304,7 +327,7 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         checkpoint_dir=str(run_dir / CHECKPOINT_DIR),
         export_dir=str(run_dir / EXPORT_DIR),
     )
-    trainer = TorchTrainer(
+    trainer = _interruptible(TorchTrainer)(
         lambda: run_learner(setup, link),
         scaling_config=ray.train.ScalingConfig(
             num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
@@ -328,6 +351,27 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         raise RuntimeError(status.stop_reason) from failure
     if failure is not None:
         raise RuntimeError(root_cause(failure)) from failure
+
+
+def _interruptible(trainer: type[TorchTrainer]) -> type[TorchTrainer]:
+    """The trainer, but an interrupt raises KeyboardInterrupt in `fit`, as anywhere. Ray Train 2.60 installs a handler
+    that calls sys.exit(0) instead: a stopped run would look like one that ended well."""
+    import ray
+    import ray.exceptions
+
+    class Interruptible(trainer):
+        def _register_sigint_handler(self, controller: ActorHandle) -> None:
+            self._controller = controller
+
+        def fit(self) -> Any:
+            try:
+                return super().fit()
+            except KeyboardInterrupt:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(self._controller.abort.remote(), timeout=ABORT_LIMIT_S)  # frees the gang's resources
+                raise
+
+    return Interruptible
 
 
 def root_cause(error: BaseException) -> str:
@@ -354,6 +398,7 @@ def _follow(
         next_step = 0
         num_warnings = {"controller": 0, "tracker": 0}
         training = False
+        is_linked = False
         last, period_s = False, 0.0
         while not last:
             last, period_s = done.wait(period_s), POLL_S  # one more look after the end
@@ -372,6 +417,11 @@ def _follow(
                 for text in texts:
                     watcher.on_warning(text)
                 num_warnings[source] += len(texts)
+            if not is_linked:
+                links: Links = ray.get(tracker.links.remote())  # type: ignore[assignment]
+                if links.run_url is not None:
+                    is_linked = True
+                    watcher.on_link("MLflow", links.ui_command or links.run_url)
             if status.version >= 0 and not training:
                 training = True
                 watcher.on_phase("training")

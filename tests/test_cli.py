@@ -69,7 +69,7 @@ def test_help_names_the_commands_and_each_command_teaches():
     runner = CliRunner()
     top = runner.invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert top.exit_code == 0
-    for command in ("train", "check", "bench"):
+    for command in ("train", "check", "bench", "submit", "status", "logs", "stop"):
         assert command in top.output
         own = runner.invoke(app, [command, "-h"], env={"COLUMNS": "200"})
         assert own.exit_code == 0
@@ -83,7 +83,7 @@ def test_no_arguments_show_the_help():
     assert "Usage" in result.output and "train" in result.output
 
 
-@pytest.mark.parametrize("module", ["raygrpo", "raygrpo.cli", "raygrpo.config"])
+@pytest.mark.parametrize("module", ["raygrpo", "raygrpo.cli", "raygrpo.config", "raygrpo.jobs"])
 def test_import_is_light(module):
     heavy = {
         "torch",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,6 +93,12 @@ def learn(setup: LearnerSetup, stream: Callable[[str], Callable[[], ScoredGroup]
 
     An execution takes seconds to begin: the first one does while the policy is built, the others during a checkpoint.
     """
+    run_dir = Path(setup.checkpoint_dir).parent
+    if not run_dir.exists():  # a node that joined after the driver had asked all (jobs/driver.py)
+        raise RunStopped(
+            f"the run's directory {run_dir} is not there on {platform.node()}, where a learner started: set output_dir "
+            "to storage that all nodes share"
+        )
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
     learner = Learner(setup, stream)
     coming = segments(setup.config, learner.first_step)
