@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -15,6 +17,7 @@ from rich.text import Text
 
 from raygrpo.config import RunConfig
 from raygrpo.console import print_preset
+from raygrpo.placement import missing_nodes, one_machine_problems
 from raygrpo.prepare import PreparedRun, prepare, required_resources
 from raygrpo.rewards import RewardCheck, check_rewards
 
@@ -98,15 +101,35 @@ def available_gpus() -> int:
 
 
 def resource_problems(config: RunConfig) -> list[str]:
-    """What this machine lacks, where the run would start its own Ray on it."""
+    """What this machine lacks, where the run would start its own Ray on it; else what the cluster at RAY_ADDRESS
+    lacks now (an autoscaler may still bring it)."""
     if os.environ.get("RAY_ADDRESS"):
-        return []
+        return missing_nodes(config, cluster_nodes())
     needed, there = required_resources(config).num_gpus, available_gpus()
-    if needed <= there:
-        return []
-    return [
-        f"the run asks for {needed:g} GPUs, this machine has {there}: set RAY_ADDRESS to a cluster, or lower num_gpus"
-    ]
+    problems = one_machine_problems(config)
+    if needed > there:
+        problems.append(
+            f"the run asks for {needed:g} GPUs, this machine has {there}: set RAY_ADDRESS to a cluster, or lower "
+            "num_gpus"
+        )
+    return problems
+
+
+def cluster_nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster at RAY_ADDRESS. Raises ValueError when that does not answer."""
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    connected = not ray.is_initialized()
+    try:
+        if connected:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return ray.nodes()
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ValueError(f"no Ray cluster answers at RAY_ADDRESS ({address}): {error}") from None
+    finally:
+        if connected:
+            ray.shutdown()
 
 
 def _prompt_panels(prepared: PreparedRun) -> Group:

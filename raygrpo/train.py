@@ -13,14 +13,17 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
+from raygrpo.placement import missing_nodes, one_machine_problems
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
 
@@ -37,6 +40,8 @@ logger = logging.getLogger(__name__)
 VERSION_TIMEOUT_S = 10.0
 RAY_STARTS = 3
 POLL_S = 0.5  # between looks at the run's progress
+NODES_POLL_S = 10.0  # between looks at the cluster's nodes
+NODES_REPEAT_S = 300.0  # a role whose nodes do not come is named again after this time
 CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
 
@@ -89,7 +94,8 @@ def train(
         prompts = ray.put(prepared.prompts)
         status = "FAILED"
         try:
-            with _follow(tracker, controller, lambda: controller.set_up.remote(prompts, generators), watcher):
+            set_up = partial(controller.set_up.remote, prompts, generators)
+            with _follow(tracker, controller, set_up, watcher, NodeWatch(config)):
                 run_gang(prepared, controller, tracker, run_dir)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -130,7 +136,9 @@ def latest_run_directory(config: RunConfig) -> Path:
 
 @contextmanager
 def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
-    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run."""
+    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run.
+
+    Raises ValueError where that one could not place the run's processes."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -138,6 +146,8 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if problems := one_machine_problems(config):
+        raise ValueError("; ".join(problems))
     demand = required_resources(config)
     # A laptop's cores are shared by roles that mostly take turns: logical CPUs must fit, they do not bind anything.
     num_cpus = max(os.cpu_count() or 1, math.ceil(demand.num_cpus) + 1)
@@ -196,6 +206,7 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
 
     actor = ray.remote(Tracker).options(
         name=f"{run_dir.name}-tracker",
+        scheduling_strategy=on_this_node(),  # where run_dir and a local MLflow store are
         num_cpus=0,
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
@@ -204,6 +215,14 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
     tracker = actor.remote(config, str(run_dir), resume_command=resume_command)
     ray.get(tracker.start.remote())
     return tracker
+
+
+def on_this_node() -> Any:
+    """The driver's node, and no other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
@@ -232,6 +251,7 @@ class GeneratorLauncher:
             name=f"{self.run_name}-{name}",
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
+            label_selector=settings.label_selector,
             max_restarts=-1,
             max_task_retries=0,
         )
@@ -253,7 +273,11 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
-        name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
+        name=f"{run_dir.name}-controller",
+        scheduling_strategy=on_this_node(),  # where its reports go; not on a machine that may be taken away
+        num_cpus=0,
+        max_concurrency=10_000,
+        max_restarts=-1,
     )
     return actor.remote(
         seed=config.seed,
@@ -307,7 +331,10 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
     trainer = TorchTrainer(
         lambda: run_learner(setup, link),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
+            num_workers=learner.num_workers,
+            use_gpu=learner.num_gpus > 0,
+            resources_per_worker=resources,
+            label_selector=learner.label_selector or None,
         ),
         torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo", timeout_s=7200),
         run_config=ray.train.RunConfig(
@@ -339,9 +366,32 @@ def root_cause(error: BaseException) -> str:
     return text.splitlines()[-1] if text else type(error).__name__
 
 
+class NodeWatch:
+    """Says when a role waits for nodes: Ray keeps silent, and only the cluster's owner knows whether an autoscaler
+    brings them."""
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._next_s = 0.0
+        self._said: dict[str, float] = {}  # sentence -> when (time.monotonic())
+
+    def warnings(self) -> list[str]:
+        """What is new, or has not changed for long; looks at the nodes every NODES_POLL_S."""
+        import ray
+
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return []
+        self._next_s = now_s + NODES_POLL_S
+        missing = missing_nodes(self._config, ray.nodes())
+        due = [text for text in missing if now_s - self._said.get(text, -math.inf) >= NODES_REPEAT_S]
+        self._said = {text: now_s if text in due else self._said[text] for text in missing}
+        return [f"{text}; waiting for nodes to join (`ray status` shows whether they are on their way)" for text in due]
+
+
 @contextmanager
 def _follow(
-    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher
+    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher, nodes: NodeWatch
 ) -> Iterator[None]:
     """Tell the watcher what happens, and set up the controller whenever it is new, from a thread, while the body
     runs."""
@@ -364,6 +414,8 @@ def _follow(
                 continue
             if not status.is_set_up:
                 set_up()
+            for text in nodes.warnings():
+                watcher.on_warning(text)
             warnings = {
                 "controller": status.warnings,
                 "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),
