@@ -110,11 +110,11 @@ def available_gpus() -> int:
 
 def gpu_memory() -> float | None:
     """Bytes of this machine's smallest GPU, or None without one."""
-    if not available_gpus():
+    if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True)
-    return min(float(line) for line in listing.stdout.split()) * 2**20
+    return min((float(line) * 2**20 for line in listing.stdout.split()), default=None)
 
 
 def resource_problems(config: RunConfig) -> list[str]:
@@ -137,6 +137,10 @@ def cluster_nodes() -> list[dict[str, Any]]:
     import ray
 
     address = os.environ["RAY_ADDRESS"]
+    if address.startswith("http"):
+        raise ValueError(
+            f"RAY_ADDRESS ({address}) is a dashboard's; a run takes that of the cluster, HOST:6379 or auto"
+        )
     connected = not ray.is_initialized()
     try:
         if connected:

@@ -113,7 +113,9 @@ def test_activations_are_what_a_forward_pass_saves(architecture, dtype, tmp_path
     batch = SharedPrefixBatch.from_groups([(list(range(200)), [list(range(i, i + 100)) for i in range(2)])])
 
     def saved(num_layers: int) -> int:
-        path = tiny_model(tmp_path / str(num_layers), architecture, hidden_size=128, num_layers=num_layers)
+        path = tiny_model(
+            tmp_path / str(num_layers), architecture, hidden_size=128, num_layers=num_layers, initializer_range=0.05
+        )
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).train()
         enable_shared_prefix(model)
         return saved_bytes(lambda: score_completions(model, batch).logprobs, model.parameters())[1]
