@@ -135,6 +135,7 @@ def resource_problems(config: RunConfig) -> list[str]:
 def cluster_nodes() -> list[dict[str, Any]]:
     """The nodes of the cluster at RAY_ADDRESS. Raises ValueError when that does not answer."""
     import ray
+    import ray.exceptions
 
     address = os.environ["RAY_ADDRESS"]
     if address.startswith("http"):

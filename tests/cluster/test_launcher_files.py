@@ -11,8 +11,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raygrpo.placement import ROLE_LABEL
-from tests.cluster.fit import Nodes, check_fit
-from tests.cluster.shapes import CLUSTER
+from raygrpo.sizing import GIB, ModelSize, memory, object_store_bytes
+from tests.cluster.fit import Nodes, check_fit, run_of
+from tests.cluster.shapes import CLUSTER, PROMPT_TOKENS, SHAPES, SIZES
 
 LAUNCHERS = {path.stem: path for path in (CLUSTER / "launcher").glob("*.yaml")}
 CLOUDS = ("aws", "gcp")
@@ -130,3 +131,18 @@ def test_a_job_goes_on_with_a_run_that_was_begun(begun, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     told = ["train", str(CLUSTER / "runs" / "8b.yaml"), "name=first", f"output_dir={tmp_path}", "seed=1"]
     assert result.stdout.split() == told + ["--resume"] * begun
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_readmes_table_of_sizes_is_what_the_estimate_says(size):
+    config, shape = run_of(size), ModelSize.of(SHAPES[size])
+    learner, generator, _ = memory(config, shape, PROMPT_TOKENS)
+    [row] = [line for line in (CLUSTER / "README.md").read_text().splitlines() if line.startswith(f"| {size} (ZeRO")]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        f"{size} (ZeRO {config.learner.zero_stage})",
+        f"{learner.num_processes} x {learner.num_gpus:g}",
+        f"{learner.gpu_share / GIB:.1f}",
+        f"{generator.num_processes}..{config.generator.max_actors} x {generator.num_gpus:g}",
+        f"{generator.gpu_share / GIB:.1f}",
+        f"{object_store_bytes(config, shape) / GIB:.1f}",
+    ]
