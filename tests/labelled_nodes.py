@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 import raygrpo.train
 from raygrpo.check import resource_problems
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.placement import ROLE_LABEL
 from raygrpo.prepare import prepare
 from tests.chaos import TASK

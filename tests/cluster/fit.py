@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.placement import ROLE_LABEL, Role, capacity, missing_nodes, roles
 from raygrpo.sizing import GIB, ModelSize, RoleMemory, memory, object_store_bytes
 from tests.cluster.shapes import CLUSTER, PROMPT_TOKENS, SHAPES
