@@ -45,7 +45,7 @@ def check(config: RunConfig, config_dir: str | Path, console: Console | None = N
     console.print(_reward_table(rewards))
     console.print(_batch_table(batch_algebra(prepared)))
     console.print(_resource_table(config))
-    size = ModelSize.of(prepared.model, config.model.lora)
+    size = ModelSize.of(prepared.model, config.model.lora, trust_remote_code=config.model.trust_remote_code)
     needs = memory(config, size, int(prepared.prompts.num_prompt_tokens.max()))
     console.print(_memory_table(needs, size, object_store_bytes(config, size)))
     print_preset(config.algorithm, console)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raygrpo.config import LoraConfig, RunConfig
+from raygrpo.shared_prefix.head import CHUNK_ROWS
 
 GIB = 2**30
 PROCESS_BYTES = 2 * GIB  # torch, the engine's libraries, Python: of a learner's or generator's process, besides tensors
 SCORER_BYTES = GIB // 2  # a Ray worker and the child that runs reward functions, without what those load
 DEVICE_BYTES = 2 * GIB  # CUDA's context, cuBLAS and NCCL workspaces, CUDA graphs, fragmentation
-HEAD_ROWS = {"cpu": 512, "cuda": 1024}  # rows whose logits exist at a time: shared_prefix/head.py
 MAX_SEQUENCES = 1024  # that vLLM runs at a time unless generator.vllm.max_num_seqs says otherwise
 
 When = Literal["always", "in a pass", "in a step", "while loading"]
@@ -43,7 +43,7 @@ class ModelSize:
     norms_heads: bool  # queries and keys are normalised
 
     @classmethod
-    def of(cls, model: Any, lora: LoraConfig | None = None) -> ModelSize:
+    def of(cls, model: Any, lora: LoraConfig | None = None, *, trust_remote_code: bool = False) -> ModelSize:
         """Counts parameters exactly, on torch's meta device: tied ones once, adapters as peft adds them."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -51,7 +51,7 @@ class ModelSize:
         from raygrpo.lora import add_adapters
 
         with torch.device("meta"):
-            network: Any = AutoModelForCausalLM.from_config(model)
+            network: Any = AutoModelForCausalLM.from_config(model, trust_remote_code=trust_remote_code)
             num_parameters = sum(parameter.numel() for parameter in network.parameters())
             norms_heads = any("q_norm" in name for name, _ in network.named_parameters())
             if lora is not None:
@@ -152,7 +152,7 @@ def _learner(config: RunConfig, size: ModelSize) -> RoleMemory:
     p, t = size.num_parameters, size.num_trained
     shard = n if stage == 3 else 1
     has_reference = config.algorithm.kl.coef > 0 and config.model.lora is None
-    tokens, rows = learner.max_tokens, HEAD_ROWS["cuda" if learner.num_gpus else "cpu"]
+    tokens, rows = learner.max_tokens, CHUNK_ROWS["cuda" if learner.num_gpus else "cpu"]
     layer = tokens * activation_bytes(size, b)
     if config.model.gradient_checkpointing:
         activations = size.num_layers * tokens * size.hidden * b + layer

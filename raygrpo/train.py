@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
-from raygrpo.placement import missing_nodes, one_machine_problems
+from raygrpo.placement import NodeWatch, one_machine_problems
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
 
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 VERSION_TIMEOUT_S = 10.0
 RAY_STARTS = 3
 POLL_S = 0.5  # between looks at the run's progress
-NODES_POLL_S = 10.0  # between looks at the cluster's nodes
-NODES_REPEAT_S = 300.0  # a role whose nodes do not come is named again after this time
 CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
 
@@ -83,9 +80,11 @@ def train(
     Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
     """
     config = prepared.config
-    run_dir = latest_run_directory(config) if resume else new_run_directory(config)
+    resumed = latest_run_directory(config) if resume else None
     with connect_to_ray(config, verbose=verbose):
         import ray
+
+        run_dir = resumed or new_run_directory(config)
 
         watcher.on_phase("starting generators and learners")
         tracker = launch_tracker(config, run_dir, resume_command)
@@ -364,29 +363,6 @@ def root_cause(error: BaseException) -> str:
         error = failures[min(failures)]
     text = str(getattr(error, "cause", None) or error).strip()
     return text.splitlines()[-1] if text else type(error).__name__
-
-
-class NodeWatch:
-    """Says when a role waits for nodes: Ray keeps silent, and only the cluster's owner knows whether an autoscaler
-    brings them."""
-
-    def __init__(self, config: RunConfig):
-        self._config = config
-        self._next_s = 0.0
-        self._said: dict[str, float] = {}  # sentence -> when (time.monotonic())
-
-    def warnings(self) -> list[str]:
-        """What is new, or has not changed for long; looks at the nodes every NODES_POLL_S."""
-        import ray
-
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return []
-        self._next_s = now_s + NODES_POLL_S
-        missing = missing_nodes(self._config, ray.nodes())
-        due = [text for text in missing if now_s - self._said.get(text, -math.inf) >= NODES_REPEAT_S]
-        self._said = {text: now_s if text in due else self._said[text] for text in missing}
-        return [f"{text}; waiting for nodes to join (`ray status` shows whether they are on their way)" for text in due]
 
 
 @contextmanager
