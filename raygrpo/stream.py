@@ -275,6 +275,7 @@ def segment_dataset(
         "batch_size": None,
         "batch_format": "pyarrow",
         "num_cpus": 0.01,
+        "label_selector": reward.label_selector,
         "compute": ray.data.ActorPoolStrategy(
             size=num_proxies,
             max_concurrent_calls_per_actor=calls,
@@ -295,6 +296,7 @@ def segment_dataset(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reward.num_cpus,
+        label_selector=reward.label_selector,
         # Ray Data hands over what a round of its loop found finished: all of it at once.
         compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=blocks_in_flight),
     )

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
 from raygrpo.jobs.driver import identify, require_shared_storage
+from raygrpo.placement import NodeWatch, one_machine_problems
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
 
@@ -97,7 +99,8 @@ def train(
         prompts = ray.put(prepared.prompts)
         status = "FAILED"
         try:
-            with _follow(tracker, controller, lambda: controller.set_up.remote(prompts, generators), watcher):
+            set_up = partial(controller.set_up.remote, prompts, generators)
+            with _follow(tracker, controller, set_up, watcher, NodeWatch(config)):
                 run_gang(prepared, controller, tracker, run_dir)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -139,7 +142,9 @@ def latest_run_directory(config: RunConfig) -> Path:
 @contextmanager
 def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[str | None]:
     """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run. Gives
-    the dashboard's host:port, where there is one."""
+    the dashboard's host:port, where there is one.
+
+    Raises ValueError where an embedded one could not place the run's processes."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -147,6 +152,8 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[str | None]:
     if ray.is_initialized():
         yield None
         return
+    if problems := one_machine_problems(config):
+        raise ValueError("; ".join(problems))
     demand = required_resources(config)
     # A laptop's cores are shared by roles that mostly take turns: logical CPUs must fit, they do not bind anything.
     num_cpus = max(os.cpu_count() or 1, math.ceil(demand.num_cpus) + 1)
@@ -218,6 +225,7 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None,
 
     actor = ray.remote(Tracker).options(
         name=f"{run_dir.name}-tracker",
+        scheduling_strategy=on_this_node(),  # where run_dir and a local MLflow store are
         num_cpus=0,
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
@@ -227,6 +235,14 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None,
     tracker = actor.remote(config, str(run_dir), tags=tags, links=links, resume_command=resume_command)
     ray.get(tracker.start.remote())
     return tracker
+
+
+def on_this_node() -> Any:
+    """The driver's node, and no other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
@@ -255,6 +271,7 @@ class GeneratorLauncher:
             name=f"{self.run_name}-{name}",
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
+            label_selector=settings.label_selector,
             max_restarts=-1,
             max_task_retries=0,
         )
@@ -276,7 +293,11 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
-        name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
+        name=f"{run_dir.name}-controller",
+        scheduling_strategy=on_this_node(),  # where its reports go; not on a machine that may be taken away
+        num_cpus=0,
+        max_concurrency=10_000,
+        max_restarts=-1,
     )
     return actor.remote(
         seed=config.seed,
@@ -330,7 +351,10 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
     trainer = _interruptible(TorchTrainer)(
         lambda: run_learner(setup, link),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
+            num_workers=learner.num_workers,
+            use_gpu=learner.num_gpus > 0,
+            resources_per_worker=resources,
+            label_selector=learner.label_selector or None,
         ),
         torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo", timeout_s=7200),
         run_config=ray.train.RunConfig(
@@ -385,7 +409,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def _follow(
-    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher
+    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher, nodes: NodeWatch
 ) -> Iterator[None]:
     """Tell the watcher what happens, and set up the controller whenever it is new, from a thread, while the body
     runs."""
@@ -409,6 +433,8 @@ def _follow(
                 continue
             if not status.is_set_up:
                 set_up()
+            for text in nodes.warnings():
+                watcher.on_warning(text)
             warnings = {
                 "controller": status.warnings,
                 "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),
