@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
+from raygrpo.logs import LOG_DIR, close_log, open_log
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
+from raygrpo.types import RunInfo
 
 if TYPE_CHECKING:
     import ray
@@ -79,18 +81,21 @@ def train(
     """
     config = prepared.config
     run_dir = latest_run_directory(config) if resume else new_run_directory(config)
-    with connect_to_ray(config, verbose=verbose):
+    run = run_info(config, run_dir)
+    watcher.on_phase("starting Ray")
+    with driver_log(run, resume=resume), connect_to_ray(config, verbose=verbose):
         import ray
 
-        watcher.on_phase("starting generators and learners")
-        tracker = launch_tracker(config, run_dir, resume_command)
-        generators = launch_generators(prepared, run_dir.name)
-        controller = launch_controller(prepared, run_dir)
+        logger.info("metrics for Prometheus: %s", ", ".join(metrics_addresses()))
+        watcher.on_phase("starting the tracker")
+        tracker = launch_tracker(config, run, resume_command)
+        generators = launch_generators(prepared, run)
+        controller = launch_controller(prepared, run)
         prompts = ray.put(prepared.prompts)
         status = "FAILED"
         try:
             with _follow(tracker, controller, lambda: controller.set_up.remote(prompts, generators), watcher):
-                run_gang(prepared, controller, tracker, run_dir)
+                run_gang(prepared, controller, tracker, run)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -126,6 +131,39 @@ def latest_run_directory(config: RunConfig) -> Path:
     if not latest.exists():
         raise ValueError(f"there is no run to resume: {latest} does not exist; train without --resume to begin one")
     return latest.resolve()
+
+
+def run_info(config: RunConfig, run_dir: Path) -> RunInfo:
+    """The run that lies in this directory."""
+    return RunInfo(
+        name=run_dir.name,
+        directory=str(run_dir),
+        groups_per_step=config.groups_per_step,
+        log_level=config.log_level,
+    )
+
+
+@contextmanager
+def driver_log(run: RunInfo, *, resume: bool) -> Iterator[None]:
+    """The driver's log around the run, which ends with why the run did."""
+    Path(run.directory, LOG_DIR).mkdir(exist_ok=True)
+    open_log(run, "driver")
+    try:
+        logger.info("the run is resumed" if resume else "the run begins")
+        yield
+        logger.info("the run is finished")
+    except BaseException as error:
+        logger.info("the run ends: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        close_log()
+
+
+def metrics_addresses() -> list[str]:
+    """Where each of Ray's nodes serves the figures of gauges.py."""
+    import ray
+
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]]
 
 
 @contextmanager
@@ -189,27 +227,27 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> Any:
+def launch_tracker(config: RunConfig, run: RunInfo, resume_command: str | None) -> Any:
     import ray
 
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(
-        name=f"{run_dir.name}-tracker",
+        name=f"{run.name}-tracker",
         num_cpus=0,
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
         max_task_retries=-1,
     )
-    tracker = actor.remote(config, str(run_dir), resume_command=resume_command)
+    tracker = actor.remote(config, run.directory, resume_command=resume_command, run_info=run)
     ray.get(tracker.start.remote())
     return tracker
 
 
-def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
+def launch_generators(prepared: PreparedRun, run: RunInfo) -> dict[str, ActorHandle]:
     """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for
     them."""
-    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run_name=run_name)
+    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run=run)
     names = [f"generator-{index}" for index in range(prepared.config.generator.num_actors)]
     return {name: launch(name) for name in names}
 
@@ -220,7 +258,7 @@ class GeneratorLauncher:
 
     config: RunConfig
     max_model_len: int
-    run_name: str
+    run: RunInfo
 
     def __call__(self, name: str) -> Any:
         import ray
@@ -229,7 +267,7 @@ class GeneratorLauncher:
 
         settings = self.config.generator
         actor = ray.remote(Generator).options(
-            name=f"{self.run_name}-{name}",
+            name=f"{self.run.name}-{name}",
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
             max_restarts=-1,
@@ -242,10 +280,11 @@ class GeneratorLauncher:
             max_model_len=self.max_model_len,
             version_timeout_s=VERSION_TIMEOUT_S,
             deterministic=self.config.deterministic,
+            run=self.run,
         )
 
 
-def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
+def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
     """`set_up` must follow."""
     import ray
 
@@ -253,7 +292,7 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
-        name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
+        name=f"{run.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
     )
     return actor.remote(
         seed=config.seed,
@@ -262,12 +301,12 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
         max_staleness=config.max_staleness,
         settings=config.generator,
         watchdog=config.watchdog,
-        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run_name=run_dir.name),
-        report_dir=str(run_dir),
+        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run=run),
+        run=run,
     )
 
 
-def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run_dir: Path) -> None:
+def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run: RunInfo) -> None:
     """Ray Train's gang of learners on the stream, to the end of the run."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -292,11 +331,13 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
             groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
             groups_per_block=config.groups_per_block,
             max_replacements=config.algorithm.dynamic_sampling,
+            run=run,
         )
 
     whole, rest = divmod(config.num_steps, config.checkpoint.every)
     lengths = ({SEGMENT: config.checkpoint.every} if whole else {}) | ({TAIL: rest} if rest else {})
-    link = RayLink(controller, tracker)
+    run_dir = Path(run.directory)
+    link = RayLink(controller, tracker, run)
     setup = LearnerSetup(
         config=config,
         link=link,
@@ -353,7 +394,7 @@ def _follow(
     def follow() -> None:
         next_step = 0
         num_warnings = {"controller": 0, "tracker": 0}
-        training = False
+        phase = ""
         last, period_s = False, 0.0
         while not last:
             last, period_s = done.wait(period_s), POLL_S  # one more look after the end
@@ -372,13 +413,14 @@ def _follow(
                 for text in texts:
                     watcher.on_warning(text)
                 num_warnings[source] += len(texts)
-            if status.version >= 0 and not training:
-                training = True
-                watcher.on_phase("training")
             history: Any = ray.get(tracker.history.remote(next_step))
             for step, metrics in history.items():
                 watcher.on_step(step, metrics)
                 next_step = step + 1
+            now = "training" if next_step and status.version >= 0 else status.waits_for
+            if now != phase:
+                phase = now
+                watcher.on_phase(phase)
 
     thread = threading.Thread(target=follow, name="watcher", daemon=True)
     thread.start()

@@ -22,13 +22,14 @@ from typing import Any, Literal
 import yaml
 
 from raygrpo.config import RunConfig
+from raygrpo.logs import open_log
 from raygrpo.tracking.figures import draw_reward_curve
 from raygrpo.tracking.journal import Journal, Record
 from raygrpo.tracking.samples import sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
 from raygrpo.tracking.traces import choose_groups, group_trace
 from raygrpo.tracking.writer import Writer
-from raygrpo.types import ScoredGroup, StepMetrics
+from raygrpo.types import RunInfo, ScoredGroup, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,10 @@ class Tracker:
         tags: dict[str, str] | None = None,
         links: dict[str, str] | None = None,
         resume_command: str | None = None,
+        run_info: RunInfo | None = None,
     ) -> None:
+        if run_info is not None:  # this process is the tracker's alone
+            open_log(run_info, "tracker")
         self._config = config
         self._run_dir = Path(run_dir).expanduser().absolute()
         self._non_finite: set[str] = set()
