@@ -132,9 +132,9 @@ def _directory(run: RunInfo) -> tuple[Path, str]:
     shared = Path(run.directory, LOG_DIR)
     if shared.is_dir():
         return shared, ""
-    import ray
+    import ray._private.worker
 
-    node = ray._private.worker._global_node
+    node = ray._private.worker._global_node  # Ray has no public name for its logs' directory
     if node is None:
         raise FileNotFoundError(f"there is no {shared}")
     return Path(node.get_logs_dir_path()), f"{run.name}-"
