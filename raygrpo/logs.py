@@ -12,7 +12,6 @@ A group is named by its ticket, so that `select(.group == 42)` over all files is
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import logging
 import logging.handlers
@@ -110,20 +109,21 @@ def _own_file(run: RunInfo, role: str) -> Path:
     """The first of role.jsonl, role.1.jsonl, ... that no living process writes. So a process that was restarted goes on
     with its file, and no two rotate the same one: each holds a lock, which ends with it."""
     directory, prefix = _directory(run)
-    for index in itertools.count():
+    index = 0
+    while True:
         path = directory / f"{prefix}{role}{f'.{index}' if index else ''}.jsonl"
         lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            continue
+            index += 1
         except OSError:  # a file system without locks
             os.close(lock)
             return directory / f"{prefix}{role}.{socket.gethostname()}-{os.getpid()}.jsonl"
-        _open.callback(os.close, lock)
-        return path
-    raise AssertionError
+        else:
+            _open.callback(os.close, lock)
+            return path
 
 
 def _directory(run: RunInfo) -> tuple[Path, str]:

@@ -313,7 +313,9 @@ class RolloutController:
             return "starting learners and generators"
         if self._version >= 0:
             return self._watchdog.learners
-        return f"waiting for {self._pool.num_loading} of {len(self._pool.generators)} generators to load the weights"
+        if (num_loading := self._pool.num_loading) == 0:
+            return "waiting for the learners' weights"
+        return f"waiting for {num_loading} of {len(self._pool.generators)} generators to load the weights"
 
     def _claims_by_state(self) -> dict[str, int]:
         places = [claim.where for claim in self._claims.values()]

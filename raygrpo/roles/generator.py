@@ -359,11 +359,11 @@ class EngineThread:
                 generate_end_s=time.time(),
                 attempt=self.attempt,
             )
-            group.result.set_result(sampled)
             with about(group=group.ticket):
                 num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
                 seconds = sampled.generate_end_s - group.start_s
                 logger.info("sampled by version %d: %d tokens in %.3f s", self.version, num_tokens, seconds)
+            group.result.set_result(sampled)
 
     def _abort(self, group: _Group) -> None:
         if self._running.pop(group.engine_id, None):

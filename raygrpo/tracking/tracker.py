@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from raygrpo.config import RunConfig
-from raygrpo.logs import open_log
+from raygrpo.logs import about, open_log
 from raygrpo.tracking.figures import draw_reward_curve
 from raygrpo.tracking.journal import Journal, Record
 from raygrpo.tracking.samples import sample_table
@@ -110,6 +110,7 @@ class Tracker:
         except OSError as error:
             logger.error("cannot write %s: %s", self._run_dir / CONFIG_FILE, error)
         self._writer.add_item({"kind": "text", "artifact_file": CONFIG_FILE, "text": config_text})
+        logger.info("tracks to %s%s", without_password(self._writer.run.uri), ", a run that goes on" * self._resumed)
         if self._resumed:
             self._writer.add_item({"kind": "status", "status": "RUNNING", "end_time_ms": None})
         if self._config.tracking.system_metrics:
@@ -151,6 +152,8 @@ class Tracker:
         if self._config.tracking.system_metrics:
             values |= _system_metrics()
         self._writer.add_record(Record(int(step), _now_ms(), values))
+        with about(step=int(step)):
+            logger.info("recorded %d metrics", len(values))
         every = self._config.tracking.figure_every
         if every and step % every == 0 and "reward/mean" in values:
             self._writer.add_chore(self._draw)
@@ -202,6 +205,7 @@ class Tracker:
             self._writer.add_item(
                 {"kind": "text", "artifact_file": "summary.json", "text": json.dumps(summary, indent=2, default=str)}
             )
+        logger.info("the run ends as %s", status)
         self._draw()
         self._writer.add_item({"kind": "status", "status": status, "end_time_ms": _now_ms()})
         timeout_s = self._config.tracking.finish_timeout_s
