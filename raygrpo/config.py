@@ -21,6 +21,7 @@ from pydantic import (
 from raygrpo.algorithm_config import AlgorithmConfig
 from raygrpo.imports import is_object_name
 from raygrpo.section import LabelSelector, NonNegativeFloat, NonNegativeInt, Probability, Section, merge
+from raygrpo.types import LogLevel
 
 
 class LoraConfig(Section):
@@ -351,6 +352,8 @@ class RunConfig(Section):
     otherwise. Slower; needs max_staleness 0."""
     output_dir: str = "runs"
     """Where runs are written, each in a directory of its own (relative to the current directory)."""
+    log_level: LogLevel = "info"
+    """Least serious lines in the run's logs/*.jsonl; info tells of every group, debug more of it."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig

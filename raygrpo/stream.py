@@ -19,6 +19,7 @@ What a group costs on the way (`raygrpo bench pipeline`) is mostly per call and 
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -35,9 +36,11 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
+from raygrpo.logs import about, open_log
 from raygrpo.rewards import Scorer
 from raygrpo.types import (
     RolloutGroup,
+    RunInfo,
     ScoredGroup,
     group_to_row,
     row_to_group,
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from raygrpo.roles.controller import Claim
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TYPE = pa.struct(
     [
@@ -80,6 +85,7 @@ GROUP_SCHEMA = pa.schema(
         ("generate_end_s", pa.float64()),
         ("error", pa.string()),
         ("replacement", pa.int64()),
+        ("attempt", pa.int64()),
     ]
 )
 SCORED_GROUP_SCHEMA = pa.schema(
@@ -124,7 +130,9 @@ class RolloutStage:
     """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the
     groups of a block."""
 
-    def __init__(self, controller: ActorHandle, stream: int):
+    def __init__(self, controller: ActorHandle, stream: int, run: RunInfo | None = None):
+        if run is not None:
+            open_log(run, "rollout")
         self._controller = controller
         self._stream = stream
 
@@ -142,6 +150,7 @@ class RolloutStage:
                 call = calls.pop(ref)
                 group, failure, restart = _answer(ref, call.claim)
                 releases.append((call.claim.ticket, call.claim.generator_name, failure, restart))
+                _log_answer(call.claim, group, failure)
                 if group is None:
                     again.append(call.row)
                 else:
@@ -192,6 +201,16 @@ def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str 
     return group, None, False
 
 
+def _log_answer(claim: Claim, group: RolloutGroup | None, failure: str | None) -> None:
+    with about(group=claim.ticket, attempt=claim.attempt):
+        if group is None:
+            logger.warning("no group from %s: %s", claim.generator_name, failure)
+        elif group.error:
+            logger.warning("%s cannot sample it: %s", claim.generator_name, group.error)
+        else:
+            logger.debug("came back from %s", claim.generator_name)
+
+
 def _failed_group(claim: Claim, error: str) -> RolloutGroup:
     now = time.time()
     return RolloutGroup(
@@ -203,13 +222,16 @@ def _failed_group(claim: Claim, error: str) -> RolloutGroup:
         generate_start_s=now,
         generate_end_s=now,
         error=error,
+        attempt=claim.attempt,
     )
 
 
 class RewardStage:
     """Scores one group at a time; the Scorer bounds what user code can do."""
 
-    def __init__(self, config: RewardConfig, import_paths: list[str]):
+    def __init__(self, config: RewardConfig, import_paths: list[str], run: RunInfo | None = None):
+        if run is not None:
+            open_log(run, "reward")
         self._scorer = Scorer(config, import_paths)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -229,8 +251,9 @@ class DynamicSamplingStage:
         config: RewardConfig,
         import_paths: list[str],
         max_replacements: int,
+        run: RunInfo | None = None,
     ):
-        self._rollouts = RolloutStage(controller, stream)
+        self._rollouts = RolloutStage(controller, stream, run)
         self._threads = ThreadPoolExecutor(groups_in_flight)
         self._scorer = Scorer(config, import_paths)
         self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
@@ -259,13 +282,14 @@ def segment_dataset(
     groups_in_flight: int,
     groups_per_block: int = 1,
     max_replacements: int = 0,
+    run: RunInfo | None = None,
 ) -> ray.data.Dataset:
     """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order. Builds a stream of its
     own each time it is called, so that what is left of an earlier attempt is fenced.
 
     groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout
     stage waits for as many at once. groups_per_block: how many travel together; divides num_tickets.
-    max_replacements: algorithm.dynamic_sampling.
+    max_replacements: algorithm.dynamic_sampling. run: whose log the stages write.
     """
     _configure_ray_data()  # here: a dataset keeps the context of the process that builds it, which is Ray Train's
     blocks_in_flight = math.ceil(min(groups_in_flight, num_tickets) / groups_per_block)
@@ -288,11 +312,11 @@ def segment_dataset(
     tickets = ray.data.from_blocks([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
     stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
-        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements)
+        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements, run)
         return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
-    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream), **waiting).map_batches(
+    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream, run), **waiting).map_batches(
         RewardStage,
-        fn_constructor_args=(reward, import_paths),
+        fn_constructor_args=(reward, import_paths, run),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reward.num_cpus,

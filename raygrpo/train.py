@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
 from raygrpo.jobs.driver import identify, require_shared_storage
+from raygrpo.logs import LOG_DIR, close_log, open_log
 from raygrpo.placement import NodeWatch, one_machine_problems
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
+from raygrpo.types import RunInfo
 
 if TYPE_CHECKING:
     import ray
@@ -87,31 +89,44 @@ def train(
     """
     config = prepared.config
     old_run_dir = latest_run_directory(config) if resume else None
+    watcher.on_phase("starting Ray")
     with connect_to_ray(config, verbose=verbose) as dashboard, stop_as_interrupt():
-        import ray
-
         require_shared_storage(config)
-        run_dir = old_run_dir or new_run_directory(config)
-        watcher.on_phase("starting generators and learners")
-        tracker = launch_tracker(config, run_dir, resume_command, dashboard)
-        generators = launch_generators(prepared, run_dir.name)
-        controller = launch_controller(prepared, run_dir)
-        prompts = ray.put(prepared.prompts)
-        status = "FAILED"
-        try:
-            set_up = partial(controller.set_up.remote, prompts, generators)
-            with _follow(tracker, controller, set_up, watcher, NodeWatch(config)):
-                run_gang(prepared, controller, tracker, run_dir)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            history: Any = ray.get(tracker.history.remote())
-            links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
-            for actor in (*generators.values(), controller, tracker):
-                ray.kill(actor)  # on a cluster that goes on after us
-    return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
+        run = run_info(config, old_run_dir or new_run_directory(config))
+        with driver_log(run, resume=resume):
+            history, links = _train(prepared, run, watcher, resume_command, dashboard)
+    export_dir = str(Path(run.directory, EXPORT_DIR))
+    return RunResult(run_dir=run.directory, export_dir=export_dir, history=history, links=links)
+
+
+def _train(
+    prepared: PreparedRun, run: RunInfo, watcher: Watcher, resume_command: str | None, dashboard: str | None
+) -> tuple[dict[int, StepMetrics], Links]:
+    """All of the run on the Ray that this process is connected to."""
+    import ray
+
+    config = prepared.config
+    logger.info("metrics for Prometheus: %s", ", ".join(metrics_addresses()))
+    watcher.on_phase("starting the tracker")
+    tracker = launch_tracker(config, run, resume_command, dashboard)
+    generators = launch_generators(prepared, run)
+    controller = launch_controller(prepared, run)
+    prompts = ray.put(prepared.prompts)
+    status = "FAILED"
+    try:
+        set_up = partial(controller.set_up.remote, prompts, generators)
+        with _follow(tracker, controller, set_up, watcher, NodeWatch(config)):
+            run_gang(prepared, controller, tracker, run)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        history: Any = ray.get(tracker.history.remote())
+        links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
+        for actor in (*generators.values(), controller, tracker):
+            ray.kill(actor)  # on a cluster that goes on after us
+    return history, links
 
 
 def new_run_directory(config: RunConfig) -> Path:
@@ -137,6 +152,39 @@ def latest_run_directory(config: RunConfig) -> Path:
     if not latest.exists():
         raise ValueError(f"there is no run to resume: {latest} does not exist; train without --resume to begin one")
     return latest.resolve()
+
+
+def run_info(config: RunConfig, run_dir: Path) -> RunInfo:
+    """The run that lies in this directory."""
+    return RunInfo(
+        name=run_dir.name,
+        directory=str(run_dir),
+        groups_per_step=config.groups_per_step,
+        log_level=config.log_level,
+    )
+
+
+@contextmanager
+def driver_log(run: RunInfo, *, resume: bool) -> Iterator[None]:
+    """The driver's log around the run, which ends with why the run did."""
+    Path(run.directory, LOG_DIR).mkdir(exist_ok=True)
+    open_log(run, "driver")
+    try:
+        logger.info("the run is resumed" if resume else "the run begins")
+        yield
+        logger.info("the run is finished")
+    except BaseException as error:
+        logger.info("the run ends: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        close_log()
+
+
+def metrics_addresses() -> list[str]:
+    """Where each of Ray's nodes serves the figures of gauges.py."""
+    import ray
+
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]]
 
 
 @contextmanager
@@ -218,21 +266,21 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None, dashboard: str | None) -> Any:
+def launch_tracker(config: RunConfig, run: RunInfo, resume_command: str | None, dashboard: str | None) -> Any:
     import ray
 
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(
-        name=f"{run_dir.name}-tracker",
-        scheduling_strategy=on_this_node(),  # where run_dir and a local MLflow store are
+        name=f"{run.name}-tracker",
+        scheduling_strategy=on_this_node(),  # where the run's directory and a local MLflow store are
         num_cpus=0,
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
         max_task_retries=-1,
     )
     tags, links = identify(dashboard)
-    tracker = actor.remote(config, str(run_dir), tags=tags, links=links, resume_command=resume_command)
+    tracker = actor.remote(config, run.directory, tags=tags, links=links, resume_command=resume_command, run_info=run)
     ray.get(tracker.start.remote())
     return tracker
 
@@ -245,10 +293,10 @@ def on_this_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
+def launch_generators(prepared: PreparedRun, run: RunInfo) -> dict[str, ActorHandle]:
     """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for
     them."""
-    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run_name=run_name)
+    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run=run)
     names = [f"generator-{index}" for index in range(prepared.config.generator.num_actors)]
     return {name: launch(name) for name in names}
 
@@ -259,7 +307,7 @@ class GeneratorLauncher:
 
     config: RunConfig
     max_model_len: int
-    run_name: str
+    run: RunInfo
 
     def __call__(self, name: str) -> Any:
         import ray
@@ -268,7 +316,7 @@ class GeneratorLauncher:
 
         settings = self.config.generator
         actor = ray.remote(Generator).options(
-            name=f"{self.run_name}-{name}",
+            name=f"{self.run.name}-{name}",
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
             label_selector=settings.label_selector,
@@ -282,10 +330,11 @@ class GeneratorLauncher:
             max_model_len=self.max_model_len,
             version_timeout_s=VERSION_TIMEOUT_S,
             deterministic=self.config.deterministic,
+            run=self.run,
         )
 
 
-def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
+def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
     """`set_up` must follow."""
     import ray
 
@@ -293,7 +342,7 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
-        name=f"{run_dir.name}-controller",
+        name=f"{run.name}-controller",
         scheduling_strategy=on_this_node(),  # where its reports go; not on a machine that may be taken away
         num_cpus=0,
         max_concurrency=10_000,
@@ -306,12 +355,12 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
         max_staleness=config.max_staleness,
         settings=config.generator,
         watchdog=config.watchdog,
-        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run_name=run_dir.name),
-        report_dir=str(run_dir),
+        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run=run),
+        run=run,
     )
 
 
-def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run_dir: Path) -> None:
+def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run: RunInfo) -> None:
     """Ray Train's gang of learners on the stream, to the end of the run."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -336,11 +385,13 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
             groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
             groups_per_block=config.groups_per_block,
             max_replacements=config.algorithm.dynamic_sampling,
+            run=run,
         )
 
     whole, rest = divmod(config.num_steps, config.checkpoint.every)
     lengths = ({SEGMENT: config.checkpoint.every} if whole else {}) | ({TAIL: rest} if rest else {})
-    link = RayLink(controller, tracker)
+    run_dir = Path(run.directory)
+    link = RayLink(controller, tracker, run)
     setup = LearnerSetup(
         config=config,
         link=link,
@@ -421,7 +472,7 @@ def _follow(
     def follow() -> None:
         next_step = 0
         num_warnings = {"controller": 0, "tracker": 0}
-        training = False
+        phase = ""
         is_linked = False
         last, period_s = False, 0.0
         while not last:
@@ -448,13 +499,14 @@ def _follow(
                 if links.run_url is not None:
                     is_linked = True
                     watcher.on_link("MLflow", links.ui_command or links.run_url)
-            if status.version >= 0 and not training:
-                training = True
-                watcher.on_phase("training")
             history: Any = ray.get(tracker.history.remote(next_step))
             for step, metrics in history.items():
                 watcher.on_step(step, metrics)
                 next_step = step + 1
+            now = "training" if next_step and status.version >= 0 else status.waits_for
+            if now != phase:
+                phase = now
+                watcher.on_phase(phase)
 
     thread = threading.Thread(target=follow, name="watcher", daemon=True)
     thread.start()

@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
+from raygrpo.gauges import CLAIMS, GATE, GENERATOR_FAILURES, GENERATORS, PERIOD_S, VERSION, Gauges
+from raygrpo.logs import about, always, open_log
 from raygrpo.roles.generator_pool import GeneratorPool, last_line
 from raygrpo.roles.watchdog import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim, Watchdog, stall_report, write_report
-from raygrpo.types import FENCED, Prompt
+from raygrpo.types import FENCED, Prompt, RunInfo
 
 if TYPE_CHECKING:
     import ray
@@ -58,6 +60,7 @@ class Claim:
     generator_name: str = ""
     timeout_s: float = 0.0  # for the generator to answer
     error: str = ""
+    attempt: int = 0  # of the learners
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,9 @@ class ControllerStatus:
     stop_reason: str | None  # why the run must not go on
     is_set_up: bool  # False: it waits for `set_up`, maybe once more
     num_evictions: int  # how often learners were told to leave, to be started again
+    waits_for: str  # what the run waits for, for a person
+    claims: dict[str, int]  # that have not come back, by what they wait for
+    generators: dict[str, int]  # by state
 
 
 class RolloutController:
@@ -95,10 +101,12 @@ class RolloutController:
         settings: GeneratorConfig | None = None,
         watchdog: WatchdogConfig | None = None,
         launch: Callable[[str], ActorHandle] | None = None,
-        report_dir: str | None = None,
+        run: RunInfo | None = None,
     ):
         """prompts, generators: None where `set_up` brings them. launch: makes a further generator of this name, for a
-        pool that grows. report_dir: where the watchdog writes."""
+        pool that grows. run: whose log, gauges and watchdog's reports this writes; without it there are none."""
+        if run is not None:
+            open_log(run, "controller")
         self._prompts = prompts
         self._is_set_up = asyncio.Event()
         if generators is not None:
@@ -108,7 +116,8 @@ class RolloutController:
         self._group_size = group_size
         self._max_staleness = max_staleness
         self._settings = settings or GeneratorConfig()
-        self._report_dir = report_dir
+        self._report_dir = run.directory if run else None
+        self._gauges = Gauges(run.name) if run else None
         self._version = -1  # nothing published: the gate is shut
         self._attempt = 0
         self._streams: dict[str, int] = {}  # name of a dataset -> its newest stream
@@ -154,6 +163,8 @@ class RolloutController:
             self._pool.begin_attempt(self._attempt)
             self._changed.notify_all()
         self._watchdog.progress()
+        always(attempt=self._attempt)
+        logger.info("attempt %d of the learners begins", self._attempt)
         return self._attempt
 
     async def _attempt_of_generators(self) -> int:
@@ -173,6 +184,7 @@ class RolloutController:
             self._claims.clear()
             self._changed.notify_all()
         self._watchdog.progress()
+        logger.info("a segment begins with ticket %d, of %s rows", first_ticket, num_tickets or "all its")
 
     async def claim(self, stream: int, row: int, replacement: int = 0) -> Claim:
         """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
@@ -193,6 +205,7 @@ class RolloutController:
             min_version=max(0, step - self._max_staleness),
             generator=None,
             timeout_s=self._settings.group_timeout_s,
+            attempt=self._attempt,
         )
         failures = self._failures.get(ticket, [])
         if len(failures) >= MAX_ATTEMPTS:
@@ -214,6 +227,8 @@ class RolloutController:
             if self._pool.all_dead:
                 raise RuntimeError(self._pool.cause_of_death)
             name = self._pool.take()
+        with about(group=ticket):
+            logger.info("goes to %s after %.3f s %s", name, time.monotonic() - pending.since_s, where)
         pending.where, pending.since_s = name, time.monotonic()
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
 
@@ -222,8 +237,12 @@ class RolloutController:
         return await asyncio.gather(*(self.claim(stream, row, replacement) for row in rows))
 
     def _admits(self, ticket: int) -> bool:
-        bound = (self._version + self._max_staleness + 1) * self._groups_per_step
-        return self._version >= 0 and ticket < bound  # before the first publish generators may hold anything
+        return ticket < self._gate
+
+    @property
+    def _gate(self) -> int:
+        """Tickets below this number are admitted: none before the first publish, when generators may hold anything."""
+        return (self._version + self._max_staleness + 1) * self._groups_per_step if self._version >= 0 else 0
 
     async def release(
         self, stream: int, ticket: int, generator_name: str, generator_error: str | None, restart: bool = False
@@ -240,7 +259,8 @@ class RolloutController:
             self._watchdog.progress()
             return
         error = generator_error
-        self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
+        with about(group=ticket):
+            self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
         self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
         self._pool.quarantine(generator_name, restart=restart)
 
@@ -261,6 +281,7 @@ class RolloutController:
             self._version = version
             self._changed.notify_all()
         self._watchdog.progress()
+        logger.info("version %d is published: the gate admits tickets below %d", version, self._gate)
         return PublishReport(
             version=version,
             num_bytes=max((ack.num_bytes for ack in acks), default=0),
@@ -282,7 +303,28 @@ class RolloutController:
             stop_reason=self._stop_reason,
             is_set_up=self._is_set_up.is_set(),
             num_evictions=self._num_evictions,
+            waits_for=self._waits_for(),
+            claims=self._claims_by_state(),
+            generators=self._generators_by_state(),
         )
+
+    def _waits_for(self) -> str:
+        if self._attempt == 0:
+            return "starting learners and generators"
+        if self._version >= 0:
+            return self._watchdog.learners
+        if (num_loading := self._pool.num_loading) == 0:
+            return "waiting for the learners' weights"
+        return f"waiting for {num_loading} of {len(self._pool.generators)} generators to load the weights"
+
+    def _claims_by_state(self) -> dict[str, int]:
+        places = [claim.where for claim in self._claims.values()]
+        waiting = {"at_gate": places.count(AT_THE_GATE), "without_generator": places.count(WITHOUT_GENERATOR)}
+        return waiting | {"at_generator": len(places) - sum(waiting.values())}
+
+    def _generators_by_state(self) -> dict[str, int]:
+        total, healthy, dead = len(self._pool.generators), len(self._pool.healthy), len(self._pool.dead)
+        return {"healthy": healthy, "not_ready": total - healthy - dead, "dead": dead}
 
     async def stop(self, reason: str) -> None:
         """End the run: learners that start from now on return at once."""
@@ -302,12 +344,25 @@ class RolloutController:
         if not self._background:
             loop = asyncio.get_running_loop()
             self._background = [loop.create_task(self._resize()), loop.create_task(self._watch())]
+            if self._gauges is not None:
+                self._background.append(loop.create_task(self._measure(self._gauges)))
 
     async def _resize(self) -> None:
         while True:
             await asyncio.sleep(RESIZE_PERIOD_S)
             waiting = sum(claim.where == WITHOUT_GENERATOR for claim in self._claims.values())
             self._pool.resize(time.monotonic(), waiting)
+
+    async def _measure(self, gauges: Gauges) -> None:
+        while True:
+            gauges.set(VERSION, self._version)
+            gauges.set(GATE, self._gate)
+            gauges.set(GENERATOR_FAILURES, self._pool.num_failures)
+            for state, count in self._claims_by_state().items():
+                gauges.set(CLAIMS, count, state=state)
+            for state, count in self._generators_by_state().items():
+                gauges.set(GENERATORS, count, state=state)
+            await asyncio.sleep(PERIOD_S)
 
     async def _watch(self) -> None:
         while self._stop_reason is None:

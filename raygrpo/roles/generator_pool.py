@@ -79,6 +79,11 @@ class GeneratorPool:
         return len(self.dead) == len(self.generators)
 
     @property
+    def num_loading(self) -> int:
+        """Generators that have been given a version and not acknowledged it yet."""
+        return sum(lock.locked() for lock in self._loading.values())
+
+    @property
     def cause_of_death(self) -> str:
         return "no generator is left: " + "; ".join(f"{name}: {reason}" for name, reason in self.dead.items())
 
