@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # generators tried for one ticket before its group is emitted with an error
+MAX_ATTEMPTS = 3  # generators that may fail with one ticket's group before it is emitted with an error
 RESIZE_PERIOD_S = 1.0
 STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 
@@ -58,6 +58,14 @@ class Claim:
     generator_name: str = ""
     timeout_s: float = 0.0  # for the generator to answer
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Of a generator, while it had a ticket's group."""
+
+    reason: str
+    node: str  # of the generator; "" where it is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +124,7 @@ class RolloutController:
         self._first_ticket = 0  # of the current segment
         self._num_tickets = 0
         self._claims: dict[int, PendingClaim] = {}  # by ticket
-        self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
+        self._failures: dict[int, list[_Failure]] = {}  # by ticket
         self._stop_reason: str | None = None
         self._num_evictions = 0
         self._warnings: list[str] = []  # for the person who watches
@@ -195,26 +203,36 @@ class RolloutController:
             timeout_s=self._settings.group_timeout_s,
         )
         failures = self._failures.get(ticket, [])
-        if len(failures) >= MAX_ATTEMPTS:
-            return replace(claim, error=f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures))
+        if len(failures) >= MAX_ATTEMPTS and len(_of_living_nodes(failures)) >= MAX_ATTEMPTS:
+            reasons = "; ".join(failure.reason for failure in failures)
+            return replace(claim, error=f"{len(failures)} generators failed: {reasons}")
         where = WITHOUT_GENERATOR if self._admits(ticket) else AT_THE_GATE
         if ticket in self._claims:  # of a rollout stage that died: Ray Data repeats its block
             self._pool.give_back(self._claims[ticket].where)
         pending = self._claims[ticket] = PendingClaim(ticket=ticket, where=where, since_s=time.monotonic())
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: (
-                    stream != self._active_stream
-                    or self._pool.all_dead
-                    or (self._admits(ticket) and self._pool.healthy)
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: (
+                        stream != self._active_stream
+                        or self._pool.all_dead
+                        or (self._admits(ticket) and self._pool.healthy)
+                    )
                 )
-            )
-            if stream != self._active_stream or self._claims.get(ticket) is not pending:
+                if stream != self._active_stream or self._claims.get(ticket) is not pending:
+                    return _fenced(row)
+                if self._pool.all_dead:
+                    raise RuntimeError(self._pool.cause_of_death)
+                name = self._pool.take()
+            pending.where, pending.since_s = name, time.monotonic()
+            if not failures or await self._pool.confirm(name):
+                break
+            if self._claims.get(ticket) is not pending:
                 return _fenced(row)
-            if self._pool.all_dead:
-                raise RuntimeError(self._pool.cause_of_death)
-            name = self._pool.take()
-        pending.where, pending.since_s = name, time.monotonic()
+            self._pool.give_back(name)
+            pending.where = WITHOUT_GENERATOR
+        if self._claims.get(ticket) is not pending:
+            return _fenced(row)
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
 
     async def claim_block(self, stream: int, rows: list[int], replacement: int = 0) -> list[Claim]:
@@ -226,10 +244,17 @@ class RolloutController:
         return self._version >= 0 and ticket < bound  # before the first publish generators may hold anything
 
     async def release(
-        self, stream: int, ticket: int, generator_name: str, generator_error: str | None, restart: bool = False
+        self,
+        stream: int,
+        ticket: int,
+        generator_name: str,
+        generator_error: str | None,
+        restart: bool = False,
+        begun: bool = True,
     ) -> None:
         """A claimed ticket came back from its generator: with a group (no error), or because the generator failed.
-        restart: it may live, but must not be trusted any more (it hangs, or returns garbage)."""
+        restart: it may live, but must not be trusted any more (it hangs, or returns garbage). begun: False where it
+        cannot have failed because of the group."""
         if stream != self._active_stream:
             return
         if ticket not in self._claims or self._claims[ticket].where != generator_name:
@@ -241,10 +266,12 @@ class RolloutController:
             return
         error = generator_error
         self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
-        self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
+        if begun:
+            failure = _Failure(f"{generator_name}: {error}", self._pool.nodes.get(generator_name, ""))
+            self._failures.setdefault(ticket, []).append(failure)
         self._pool.quarantine(generator_name, restart=restart)
 
-    async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool]]) -> None:
+    async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool, bool]]) -> None:
         """Several at once: the arguments of `release` after the stream."""
         for release in releases:
             await self.release(stream, *release)
@@ -373,6 +400,18 @@ def _fenced(row: int) -> Claim:
     prompt = Prompt(prompt_id=-1, prompt_ids=[], text="")
     error = f"row {row} belongs to a stream that has ended"
     return Claim(ticket=FENCED, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
+
+
+def _of_living_nodes(failures: list[_Failure]) -> list[_Failure]:
+    """Those that no lost node explains."""
+    living = living_nodes()
+    return [failure for failure in failures if not failure.node or failure.node in living]
+
+
+def living_nodes() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _was_restarted() -> bool:

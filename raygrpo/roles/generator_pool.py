@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
+CONFIRM_TIMEOUT_S = 30.0  # for a generator to say that it holds the version
 
 
 class GeneratorPool:
@@ -49,6 +50,7 @@ class GeneratorPool:
         self.generators: dict[str, Any] = {}  # handles
         self.healthy: set[str] = set()
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
+        self.nodes: dict[str, str] = {}  # where those are that have loaded a version
         self.num_failures = 0
         self._settings = settings
         self._changed = changed
@@ -141,7 +143,25 @@ class GeneratorPool:
         """Load what is the latest version now."""
         attempt, version, weights = self._attempt, self._version, self._weights
         async with asyncio.timeout(self._settings.load_timeout_s), self._loading[name]:
-            return await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
+            ack = await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
+        self.nodes[name] = ack.node
+        return ack
+
+    async def confirm(self, name: str) -> bool:
+        """Whether this generator lives and holds the latest version, in its own words. Quarantines it otherwise.
+
+        A node takes all its generators with it, and the first groups to fail say so of one of them only.
+        """
+        if self._version < 0:
+            return False
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+                await self._load(name)  # one that has it answers at once
+        except Exception as error:
+            logger.warning("%s does not answer: %s", name, last_line(error))
+            self.quarantine(name, restart=False)
+            return False
+        return name in self.healthy
 
     # Failures.
 
@@ -233,7 +253,7 @@ class GeneratorPool:
         while self._outstanding[name] > 0 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.1)
         handle = self.generators.pop(name)
-        for record in (self._outstanding, self._loading, self.dead):
+        for record in (self._outstanding, self._loading, self.dead, self.nodes):
             record.pop(name, None)
         self._extra.remove(name)
         self._leaving.discard(name)
