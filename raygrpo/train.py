@@ -250,6 +250,7 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
     import ray
 
     from raygrpo.roles.controller import RolloutController
+    from raygrpo.roles.demand import UnplacedFinder
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
@@ -263,6 +264,7 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
         settings=config.generator,
         watchdog=config.watchdog,
         launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run_name=run_dir.name),
+        find_unplaced=UnplacedFinder(config),
         report_dir=str(run_dir),
     )
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
+from raygrpo.roles.demand import Unplaced
 from raygrpo.roles.generator_pool import GeneratorPool, last_line
 from raygrpo.roles.watchdog import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim, Watchdog, stall_report, write_report
 from raygrpo.types import FENCED, Prompt
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3  # generators that may fail with one ticket's group before it is emitted with an error
 RESIZE_PERIOD_S = 1.0
 STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
+ROOM_PERIOD_S = 5.0  # between looks for what Ray has no machine for
+ROOM_PATIENCE_S = 15.0  # until that is said; then again after twice as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +107,12 @@ class RolloutController:
         settings: GeneratorConfig | None = None,
         watchdog: WatchdogConfig | None = None,
         launch: Callable[[str], ActorHandle] | None = None,
+        find_unplaced: Callable[[], Unplaced] | None = None,
         report_dir: str | None = None,
     ):
         """prompts, generators: None where `set_up` brings them. launch: makes a further generator of this name, for a
-        pool that grows. report_dir: where the watchdog writes."""
+        pool that grows. find_unplaced: asks Ray what of the run waits for a machine. report_dir: where the watchdog
+        writes."""
         self._prompts = prompts
         self._is_set_up = asyncio.Event()
         if generators is not None:
@@ -116,6 +122,7 @@ class RolloutController:
         self._group_size = group_size
         self._max_staleness = max_staleness
         self._settings = settings or GeneratorConfig()
+        self._find_unplaced = find_unplaced
         self._report_dir = report_dir
         self._version = -1  # nothing published: the gate is shut
         self._attempt = 0
@@ -140,6 +147,7 @@ class RolloutController:
             self._prompts = prompts
             self._pool.add(generators)
             self._is_set_up.set()
+        self._start_background()
 
     async def new_stream(self, name: str) -> int:
         """Register a dataset that was built under this name; its claims carry the number that this returns."""
@@ -329,12 +337,38 @@ class RolloutController:
         if not self._background:
             loop = asyncio.get_running_loop()
             self._background = [loop.create_task(self._resize()), loop.create_task(self._watch())]
+            if self._find_unplaced is not None:
+                self._background.append(loop.create_task(self._look_for_room(self._find_unplaced)))
 
     async def _resize(self) -> None:
         while True:
             await asyncio.sleep(RESIZE_PERIOD_S)
             waiting = sum(claim.where == WITHOUT_GENERATOR for claim in self._claims.values())
             self._pool.resize(time.monotonic(), waiting)
+
+    async def _look_for_room(self, find_unplaced: Callable[[], Unplaced]) -> None:
+        """Say what waits for a machine. A run that cannot go on without one does not stand still because it hangs."""
+        since_s, patience_s = math.inf, ROOM_PATIENCE_S
+        while True:
+            await asyncio.sleep(ROOM_PERIOD_S)
+            try:
+                unplaced = await asyncio.to_thread(find_unplaced)
+            except Exception as error:  # of a head that is busy; the next look is soon
+                logger.warning("cannot see what waits for a machine: %s", last_line(error))
+                continue
+            self._pool.num_unplaced = unplaced.generators
+            now_s = time.monotonic()
+            if not unplaced:
+                if patience_s > ROOM_PATIENCE_S:
+                    self._warn("nothing waits for a machine any more")
+                since_s, patience_s = math.inf, ROOM_PATIENCE_S
+                continue
+            since_s = min(since_s, now_s)
+            if now_s - since_s >= patience_s:
+                self._warn(f"for {now_s - since_s:.0f} s {unplaced.text}")
+                patience_s *= 2
+            if unplaced.learners or unplaced.scorers or self._version < 0 or not self._pool.healthy:
+                self._watchdog.progress()  # nothing can
 
     async def _watch(self) -> None:
         while self._stop_reason is None:

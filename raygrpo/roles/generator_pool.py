@@ -52,6 +52,7 @@ class GeneratorPool:
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
         self.nodes: dict[str, str] = {}  # where those are that have loaded a version
         self.num_failures = 0
+        self.num_unplaced = 0  # those that Ray has no machine for; the controller finds out
         self._settings = settings
         self._changed = changed
         self._warn = warn
@@ -117,27 +118,32 @@ class GeneratorPool:
                 continue
             failed[name] = result
             self._warn(f"{name} did not load version {version}: {last_line(result)}")
-            self.quarantine(name, restart=isinstance(result, TimeoutError))
+            self.quarantine(name, restart=self._hangs(result))
         if not acks:
             await self._wait_for_a_revival(version, failed)
         return acks, list(failed)
 
     async def _wait_for_a_revival(self, version: int, failed: dict[str, BaseException]) -> None:
         """Until a generator came back with the version, which _revive sees to. Raises RuntimeError when that is
-        hopeless (all refuse the weights, or are dead) or takes too long."""
+        hopeless (all refuse the weights, or are dead) or takes too long, though Ray has a machine for each."""
         reason = "; ".join(last_line(error) for error in failed.values()) or "all are restarting"
         if failed and all(isinstance(error, ValueError) for error in failed.values()):
             raise RuntimeError(f"no generator loaded version {version}: {reason}")
         async with self._changed:
-            try:
-                async with asyncio.timeout(self._settings.load_timeout_s):
-                    await self._changed.wait_for(lambda: self.healthy or self.all_dead)
-            except TimeoutError:
-                raise RuntimeError(
-                    f"no generator loaded version {version} within {self._settings.load_timeout_s:g} s: {reason}"
-                ) from None
+            while not (self.healthy or self.all_dead):
+                try:
+                    async with asyncio.timeout(self._settings.load_timeout_s):
+                        await self._changed.wait_for(lambda: self.healthy or self.all_dead)
+                except TimeoutError:
+                    if not self.num_unplaced:
+                        limit = f"{self._settings.load_timeout_s:g} s"
+                        raise RuntimeError(f"no generator loaded version {version} within {limit}: {reason}") from None
         if self.all_dead:
             raise RuntimeError(self.cause_of_death)
+
+    def _hangs(self, error: BaseException) -> bool:
+        """One that waits for a machine does not answer either."""
+        return isinstance(error, TimeoutError) and not self.num_unplaced
 
     async def _load(self, name: str) -> WeightsAck:
         """Load what is the latest version now."""
@@ -195,7 +201,7 @@ class GeneratorPool:
                 break
             except Exception as error:
                 logger.warning("%s is not back yet: %s", name, last_line(error))
-                if isinstance(error, TimeoutError):
+                if self._hangs(error):
                     restart_actor(self.generators[name])
                 await asyncio.sleep(REVIVAL_PAUSE_S)
                 continue
