@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import yaml
 
 from tests.chaos import Outcome, record, train
-from tests.cluster.autoscaling import AutoscalingCluster, View, autoscaling_cluster, observed, views
+from tests.cluster.autoscaling import View, autoscaling_cluster, observed, views
 from tests.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -92,53 +93,63 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.mark.parametrize("version", [1])
-def test_nodes_and_generators_come_under_load_and_go_again_and_nothing_else_changes(config, fixed, directory, version):
-    name = f"elastic-{version}"
-    growing = [f"generator.max_actors={MAX}", "generator.target_groups=2", "generator.scale_down_after_s=15"]
-    command = [str(Path(sys.executable).parent / "raygrpo"), "train", str(config), f"name={name}", *growing]
+@dataclass
+class Elastic:
+    """A run on a cluster that grows, and what was seen of both."""
+
+    said: str
+    views: list[View]
+    learners: set[int] = field(default_factory=set)  # pids
+
+
+def run_elastic(config: Path, directory: Path, name: str, *, version: int) -> Elastic:
+    """Train while a first load makes the pool grow, then a slow judge idles it, then the load comes back."""
     log, slow = config.parent / f"{name}.log", config.parent / "slow"
-    learners: set[int] = set()
+    command = [str(Path(sys.executable).parent / "raygrpo"), "train", str(config), f"name={name}"]
+    command += [f"generator.max_actors={MAX}", "generator.target_groups=2", "generator.scale_down_after_s=15"]
     with autoscaling_cluster(directory, version=version, max_workers=MAX - 1) as cluster, observed(cluster) as path:
         with open(log, "w") as stream:
             run = subprocess.Popen(command, cwd=config.parent, env=cluster.environment, stdout=stream, stderr=stream)
+        elastic = Elastic("", [])
 
-        def wait(condition: Callable[[], bool], what: str) -> None:
+        def wait(condition: Callable[[View], bool], what: str) -> None:
             deadline_s = time.monotonic() + LIMIT_S
-            while not condition():
-                learners.update(learner_pids(cluster))
-                assert run.poll() is None, f"the run ended before {what}: {log.read_text()[-3000:]}"
-                assert time.monotonic() < deadline_s, (
-                    f"not seen: {what}\n{course(views(path))}\n{log.read_text()}\n{cluster.monitor_log()[-5000:]}"
-                )
+            while True:
+                elastic.learners |= {pid for pid, line in cluster.look().items() if "RayTrainWorker" in line}
+                elastic.said, elastic.views = log.read_text(), views(path)
+                if elastic.views and condition(elastic.views[-1]):
+                    return
+                story = f"{what}\n{course(elastic.views)}\n{elastic.said[-5000:]}"
+                assert run.poll() is None, f"the run ended before {story}"
+                assert time.monotonic() < deadline_s, f"not seen: {story}\n{cluster.monitor_log()[-5000:]}"
                 time.sleep(0.5)
-
-        def now(nodes: int, serving: int) -> bool:
-            seen = views(path)
-            return bool(seen) and (seen[-1].nodes, seen[-1].serving) == (nodes, serving)
 
         try:
-            wait(lambda: now(1, MIN), "the head with one generator")
-            wait(lambda: now(MAX, MAX), "three nodes with three generators")
+            wait(lambda view: (view.nodes, view.serving) == (1, MIN), "the head with one generator")
+            wait(lambda view: (view.nodes, view.serving) == (MAX, MAX), "three nodes with three generators")
             slow.touch()
-            wait(lambda: now(1, MIN), "the head alone again")
+            wait(lambda view: (view.nodes, view.serving) == (1, MIN), "the head alone again")
             slow.unlink()
-            deadline_s = time.monotonic() + LIMIT_S
-            while run.poll() is None and time.monotonic() < deadline_s:
-                learners.update(learner_pids(cluster))
-                time.sleep(0.5)
+            wait(lambda view: run.poll() is not None, "the end")
         finally:
             slow.unlink(missing_ok=True)
             if run.poll() is None:
                 run.kill()
             run.wait()
-        seen = views(path)
-    said = log.read_text()
-    print(course(seen))
-    assert run.returncode == 0, said[-3000:]
-    assert max(view.nodes for view in seen) == MAX
+    assert run.returncode == 0, elastic.said[-3000:]
+    return elastic
+
+
+@pytest.mark.parametrize("version", [1])
+def test_nodes_and_generators_come_under_load_and_go_again_and_nothing_else_changes(config, fixed, directory, version):
+    name = f"elastic-{version}"
+    elastic = run_elastic(config, directory, name, version=version)
+    print(course(elastic.views))
+    assert max(view.nodes for view in elastic.views) == MAX
     for number in range(1, MAX):
-        assert f"generator-{number} has joined, with version" in said and f"generator-{number} has left" in said
+        assert f"generator-{number} has joined, with version" in elastic.said
+        assert f"generator-{number} has left" in elastic.said
+    assert len(elastic.learners) == 1, "one process was the learner all along"
 
     run_dir = config.parent / "runs" / f"{name}-latest"
     steps = record(run_dir)
@@ -148,12 +159,7 @@ def test_nodes_and_generators_come_under_load_and_go_again_and_nothing_else_chan
         assert metrics["faults/generator_failures"] == metrics["faults/groups_failed"] == 0
         assert metrics["completions/num"] == GROUPS_PER_STEP * GROUP_SIZE
         assert metrics["reward/mean"] == fixed.steps[step]["reward/mean"]
-    assert len(learners) == 1, f"one process was the learner all along: {learners}"
     assert hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest() == fixed.digest
-
-
-def learner_pids(cluster: AutoscalingCluster) -> set[int]:
-    return {pid for pid, line in cluster.look().items() if "RayTrainWorker" in line}
 
 
 def course(seen: list[View]) -> str:
