@@ -112,15 +112,17 @@ def run_elastic(config: Path, directory: Path, name: str, *, version: int) -> El
             run = subprocess.Popen(command, cwd=config.parent, env=cluster.environment, stdout=stream, stderr=stream)
         elastic = Elastic("", [])
 
-        def wait(condition: Callable[[View], bool], what: str) -> None:
+        def wait(condition: Callable[[View], bool] | None, what: str) -> None:
+            """None: for the run's end."""
             deadline_s = time.monotonic() + LIMIT_S
             while True:
+                ended = run.poll() is not None
                 elastic.learners |= {pid for pid, line in cluster.look().items() if "RayTrainWorker" in line}
                 elastic.said, elastic.views = log.read_text(), views(path)
-                if elastic.views and condition(elastic.views[-1]):
+                if ended if condition is None else elastic.views and condition(elastic.views[-1]):
                     return
                 story = f"{what}\n{course(elastic.views)}\n{elastic.said[-5000:]}"
-                assert run.poll() is None, f"the run ended before {story}"
+                assert not ended, f"the run ended before {story}"
                 assert time.monotonic() < deadline_s, f"not seen: {story}\n{cluster.monitor_log()[-5000:]}"
                 time.sleep(0.5)
 
@@ -130,7 +132,7 @@ def run_elastic(config: Path, directory: Path, name: str, *, version: int) -> El
             slow.touch()
             wait(lambda view: (view.nodes, view.serving) == (1, MIN), "the head alone again")
             slow.unlink()
-            wait(lambda view: run.poll() is not None, "the end")
+            wait(None, "the end")
         finally:
             slow.unlink(missing_ok=True)
             if run.poll() is None:
