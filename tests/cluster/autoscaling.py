@@ -82,7 +82,7 @@ def autoscaling_cluster(directory: Path, *, version: int, max_workers: int) -> I
     (directory / "autoscaling.yaml").write_text(yaml.safe_dump(config))
     head_id = config["provider"]["head_node_id"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(REPOSITORY)}
     of_head = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_TRAIN_V2_ENABLED": "1",

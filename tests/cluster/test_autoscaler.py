@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chaos import Outcome, record, train
+from tests.chaos import record, train
 from tests.cluster.autoscaling import View, autoscaling_cluster, observed, views
 from tests.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-NUM_STEPS, GROUPS_PER_STEP, GROUP_SIZE = 12, 8, 4
+NUM_STEPS, GROUPS_PER_STEP, GROUP_SIZE = 10, 8, 4
 MIN, MAX = 1, 3  # generators; the head has room for the first
 LIMIT_S = 900.0
 
@@ -69,7 +69,7 @@ def config(tmp_path_factory) -> Path:
             "engine": "transformers",
             "num_actors": MIN,
             "num_cpus": 1,  # as many as a node of cluster/fake_multinode.yaml has
-            "sampling": {"max_tokens": 192},
+            "sampling": {"max_tokens": 128},
         },
         "learner": {"num_threads": 1, "optimizer": {"lr": 1e-3}},
         "checkpoint": {"every": NUM_STEPS},
@@ -78,12 +78,6 @@ def config(tmp_path_factory) -> Path:
     path = directory / "letters.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-@pytest.fixture(scope="module")
-def fixed(config) -> Outcome:
-    """The same run with one generator, on a Ray of its own."""
-    return train(config, "fixed")
 
 
 @pytest.fixture
@@ -143,7 +137,7 @@ def run_elastic(config: Path, directory: Path, name: str, *, version: int) -> El
 
 
 @pytest.mark.parametrize("version", [1])
-def test_nodes_and_generators_come_under_load_and_go_again_and_nothing_else_changes(config, fixed, directory, version):
+def test_nodes_and_generators_come_under_load_and_go_again_and_nothing_else_changes(config, directory, version):
     name = f"elastic-{version}"
     elastic = run_elastic(config, directory, name, version=version)
     print(course(elastic.views))
@@ -153,6 +147,7 @@ def test_nodes_and_generators_come_under_load_and_go_again_and_nothing_else_chan
         assert f"generator-{number} has left" in elastic.said
     assert len(elastic.learners) == 1, "one process was the learner all along"
 
+    fixed = train(config, "fixed", (), "--local")  # one generator, in one process
     run_dir = config.parent / "runs" / f"{name}-latest"
     steps = record(run_dir)
     assert sorted(steps) == list(range(NUM_STEPS))

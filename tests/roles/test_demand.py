@@ -41,7 +41,9 @@ def test_actors_and_learners_without_a_machine_are_counted_and_named(ray_session
         return found
 
     assert not find()
-    actors = [Large.remote() for _ in range(3)]
+    actors = [Large.remote()]
+    ray.get(actors[0].is_there.remote())
+    actors += [Large.remote(), Large.remote()]
     gang = placement_group([{"CPU": each + 0.125}])
     try:
         found = wait(lambda found: found.generators == 2 and found.learners == 1)
