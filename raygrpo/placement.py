@@ -9,18 +9,14 @@ A node is what `ray.nodes()` lists: a dict with Alive, Labels and Resources.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raygrpo.config import RunConfig
 
-POLL_S = 10.0  # between looks at the cluster's nodes
-REPEAT_S = 300.0  # a role whose nodes do not come is named again after this time
 ROLE_LABEL = "raygrpo-role"  # the node label of the files in cluster/: head, learner, generator or reward
 _VALUES = re.compile(r"(?P<negated>!?)(?:in\((?P<several>[^)]*)\)|(?P<one>.*))")
 
@@ -96,29 +92,6 @@ def missing_nodes(config: RunConfig, nodes: Sequence[Mapping[str, Any]]) -> list
                 f"processes ({role.setting}; {role.needs})"
             )
     return sentences
-
-
-class NodeWatch:
-    """Says when a role waits for nodes: Ray keeps silent, and only the cluster's owner knows whether an autoscaler
-    brings them."""
-
-    def __init__(self, config: RunConfig):
-        self._config = config
-        self._next_s = 0.0
-        self._said: dict[str, float] = {}  # sentence -> when (time.monotonic())
-
-    def warnings(self) -> list[str]:
-        """What is new, or has not changed for long; looks at the nodes every POLL_S."""
-        import ray
-
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return []
-        self._next_s = now_s + POLL_S
-        missing = missing_nodes(self._config, ray.nodes())
-        due = [text for text in missing if now_s - self._said.get(text, -math.inf) >= REPEAT_S]
-        self._said = {text: now_s if text in due else self._said[text] for text in missing}
-        return [f"{text}; waiting for nodes to join (`ray status` shows whether they are on their way)" for text in due]
 
 
 def one_machine_problems(config: RunConfig) -> list[str]:

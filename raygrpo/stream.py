@@ -148,9 +148,9 @@ class RolloutStage:
             releases, again = [], []
             for ref in _finished_or_late(calls):
                 call = calls.pop(ref)
-                group, failure, restart = _answer(ref, call.claim)
-                releases.append((call.claim.ticket, call.claim.generator_name, failure, restart))
-                _log_answer(call.claim, group, failure)
+                group, *verdict = _answer(ref, call.claim)
+                releases.append((call.claim.ticket, call.claim.generator_name, *verdict))
+                _log_answer(call.claim, group, verdict[0])
                 if group is None:
                     again.append(call.row)
                 else:
@@ -185,20 +185,22 @@ def _finished_or_late(calls: dict[ray.ObjectRef, _Call]) -> list[ray.ObjectRef]:
             return ready
 
 
-def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str | None, bool]:
-    """(group, failure, restart): the generator's group, or why it has none and whether it must be restarted."""
+def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str | None, bool, bool]:
+    """(group, failure, restart, begun): the generator's group, or why it has none, whether it must be restarted, and
+    whether it can have failed because of the group."""
     try:
         group: RolloutGroup = ray.get(ref, timeout=0)
     except ray.exceptions.GetTimeoutError:
-        return None, f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)", True
+        return None, f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)", True, True
     except ValueError as error:  # this request cannot be served, by no generator
-        return _failed_group(claim, str(getattr(error, "cause", error))), None, False  # Ray adds the remote traceback
+        return _failed_group(claim, str(getattr(error, "cause", error))), None, False, True  # Ray adds the traceback
     except (ray.exceptions.RayError, TimeoutError) as error:
-        return None, f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}", False
+        reason = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
+        return None, reason, False, not isinstance(error, TimeoutError)  # it waited for a version in vain
     flaw = group.flaw(ticket=claim.ticket, num_completions=len(claim.seeds), min_version=claim.min_version)
     if flaw:
-        return None, f"what it returned is no group: {flaw}", True
-    return group, None, False
+        return None, f"what it returned is no group: {flaw}", True, True
+    return group, None, False, True
 
 
 def _log_answer(claim: Claim, group: RolloutGroup | None, failure: str | None) -> None:

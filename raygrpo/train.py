@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from raygrpo.config import RunConfig
 from raygrpo.jobs.driver import identify, require_shared_storage
 from raygrpo.logs import LOG_DIR, close_log, open_log
-from raygrpo.placement import NodeWatch, one_machine_problems
+from raygrpo.placement import one_machine_problems
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
 from raygrpo.types import RunInfo
@@ -115,7 +115,7 @@ def _train(
     status = "FAILED"
     try:
         set_up = partial(controller.set_up.remote, prompts, generators)
-        with _follow(tracker, controller, set_up, watcher, NodeWatch(config)):
+        with _follow(tracker, controller, set_up, watcher):
             run_gang(prepared, controller, tracker, run)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -339,6 +339,7 @@ def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
     import ray
 
     from raygrpo.roles.controller import RolloutController
+    from raygrpo.roles.demand import UnplacedFinder
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
@@ -356,6 +357,7 @@ def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
         settings=config.generator,
         watchdog=config.watchdog,
         launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run=run),
+        find_unplaced=UnplacedFinder(config),
         run=run,
     )
 
@@ -460,7 +462,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def _follow(
-    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher, nodes: NodeWatch
+    tracker: ActorHandle, controller: ActorHandle, set_up: Callable[[], object], watcher: Watcher
 ) -> Iterator[None]:
     """Tell the watcher what happens, and set up the controller whenever it is new, from a thread, while the body
     runs."""
@@ -484,8 +486,6 @@ def _follow(
                 continue
             if not status.is_set_up:
                 set_up()
-            for text in nodes.warnings():
-                watcher.on_warning(text)
             warnings = {
                 "controller": status.warnings,
                 "tracker": ray.get(tracker.warnings.remote(num_warnings["tracker"])),

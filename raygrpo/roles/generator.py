@@ -61,6 +61,7 @@ class WeightsAck:
     num_bytes: int  # 0 where it had the version already
     drain_s: float  # until the running groups were finished
     load_s: float  # to verify and load
+    node: str = ""  # Ray's id of the generator's node; "" without Ray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +178,9 @@ class Generator:
         """
         served = (self._worker.attempt, self._worker.version)
         if (attempt, version) == served:
-            return WeightsAck(generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0)
+            return WeightsAck(
+                generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0, node=_node_id()
+            )
         if (attempt, version) < served:
             raise ValueError(
                 f"{self.name} serves version {served[1]} of attempt {served[0]}: "
@@ -394,6 +397,7 @@ class EngineThread:
                 num_bytes=update.packed.num_bytes,
                 drain_s=start - update.received_s,
                 load_s=load_s,
+                node=_node_id(),
             )
         )
 
@@ -413,3 +417,8 @@ class EngineThread:
             message = self.inbox.get()
             if not isinstance(message, _Abort) and message.result.set_running_or_notify_cancel():
                 message.result.set_exception(error)
+
+
+def _node_id() -> str:
+    ray = sys.modules.get("ray")  # a process with a Ray has imported it
+    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""
