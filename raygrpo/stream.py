@@ -148,9 +148,9 @@ class RolloutStage:
             releases, again = [], []
             for ref in _finished_or_late(calls):
                 call = calls.pop(ref)
-                group, *verdict = _answer(ref, call.claim)
-                releases.append((call.claim.ticket, call.claim.generator_name, *verdict))
-                _log_answer(call.claim, group, verdict[0])
+                group, failure, restart, begun = _answer(ref, call.claim)
+                releases.append((call.claim.ticket, call.claim.generator_name, failure, restart, begun))
+                _log_answer(call.claim, group, failure)
                 if group is None:
                     again.append(call.row)
                 else:
