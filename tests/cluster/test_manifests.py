@@ -19,7 +19,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.cluster.fit import Nodes, check_fit
+from tests.cluster.fit import Nodes, check_fit, run_of
 from tests.cluster.shapes import CLUSTER, SIZES
 
 KUBERNETES = "1.34"
@@ -112,6 +112,7 @@ def test_pods_hold_the_run_that_they_are_for(size):
     types = {}
     for role, group in groups(f"overlays/{size}").items():
         [container] = group["template"]["spec"]["containers"]
+        assert {"name": "runs", "mountPath": run_of(size).output_dir} in container["volumeMounts"], "on every node"
         resources = container["resources"]
         assert "cpu" in resources["limits"] or role == "head", "KubeRay tells Ray a pod's CPUs from its limits"
         cpus = group["rayStartParams"].get("num-cpus", resources["requests"]["cpu"])
