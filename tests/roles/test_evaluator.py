@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_every_group_is_of_the_evaluations_version_whatever_dies_and_however_fas
 ):
     ray = ray_session
     controller, _, record = start(Script(die=frozenset({2}), refuse=frozenset({1}), marks=str(tmp_path)))
-    reports = ray.get([publish(ray, controller, version) for version in range(4)])
+    reports = [ray.get(publish(ray, controller, version)) for version in range(4)]
     ray.get(controller.evaluated.remote())
     logged = ray.get(record.logged.remote())
     assert [version for version, _, _ in logged] == [0, 1, 2, 3]
@@ -92,7 +93,7 @@ def test_every_group_is_of_the_evaluations_version_whatever_dies_and_however_fas
         assert (metrics["eval/b/reward"], metrics["eval/b/pass_at_4"]) == (0.5, 1.0), "every second one is"
     assert (tmp_path / "2").exists(), "a generator died"
     assert [report.evaluations_failed for report in reports] == [0] * 4
-    for before, after in zip(reports, reports[1:], strict=False):
+    for before, after in itertools.pairwise(reports):
         start_s, end_s = after.evaluated
         assert before.end_s <= start_s + 0.1 and end_s <= after.end_s
 
