@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
 from raygrpo.section import NonNegativeFloat, NonNegativeInt, Section
-from raygrpo.task_config import DataConfig, RewardFunctionConfig, SamplingConfig
+from raygrpo.task_config import DataConfig, RewardConfig, RewardFunctionConfig, SamplingConfig
 
 ONLY_SET = "held_out"  # name of the set whose settings stand in `eval` itself
 
@@ -49,6 +49,12 @@ class EvalSetConfig(Section):
     """A completion passes when its total reward is at least this."""
     functions: Annotated[list[RewardFunctionConfig], Field(min_length=1)] | None = None
     """Reward functions, as in reward.functions; null: those."""
+
+    @model_validator(mode="after")
+    def _sound_functions(self) -> EvalSetConfig:
+        if self.functions is not None:
+            RewardConfig(functions=self.functions)
+        return self
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSetConfig:

@@ -202,6 +202,10 @@ DATA = {"data": {"source": "x.jsonl"}}
         ({"eval": {**DATA, "pass_at": [8]}}, "pass_at 8 needs as many samples of each prompt: samples is 1"),
         ({"eval": {**DATA, "sampling": {"top_p": 0.9}}}, "top_p=0.9 but temperature 0"),
         ({"eval": {**DATA, "sets": {"a": DATA}}}, "eval.data describes a single set, and eval.sets names several"),
+        (
+            {"eval": {**DATA, "functions": [{"use": "exact_match"}, {"use": "exact_match"}]}},
+            "two reward functions share a name",
+        ),
         ({"eval": {"every": 3}}, "sets\n  Field required"),
         ({"eval": {"sets": {"a/b": DATA}}}, "should match pattern"),
         ({"checkpoint": {"best_by": "eval/held_out/reward"}}, "no metric that ranks checkpoints; known here: reward"),
