@@ -125,10 +125,10 @@ def test_dynamic_sampling_takes_other_prompts(run):
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, monkeypatch):
     commit = CheckpointStore.commit
 
-    def full_at_step_2(store: CheckpointStore, state: RunState) -> Any:
+    def full_at_step_2(store: CheckpointStore, state: RunState, scores: None) -> Any:
         if state.step == 2:
             raise OSError(28, "No space left on device")
-        return commit(store, state)
+        return commit(store, state, scores)
 
     monkeypatch.setattr(CheckpointStore, "commit", full_at_step_2)
     result, recorder = run()
