@@ -56,7 +56,8 @@ def _history(directory: Path) -> list[StepMetrics]:
     steps = {}  # a run that went on from a checkpoint has written some steps twice
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        steps[entry["step"]] = entry["metrics"]
+        if "reward/mean" in entry["metrics"]:  # else an evaluation's
+            steps[entry["step"]] = entry["metrics"]
     return [steps[step] for step in sorted(steps)]
 
 

@@ -79,6 +79,7 @@ def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
     epochs = config.num_steps * config.groups_per_step / len(prepared.prompts)
     size = config.group_size
     per_step = config.groups_per_step
+    evaluation = _evaluation_algebra(prepared) if config.evaluates else []
     return [
         ("prompts in the data", f"{len(prepared.prompts):,}", f"seen {epochs:.2f} times in the run"),
         ("steps", f"{config.num_steps:,}", "num_steps"),
@@ -97,7 +98,27 @@ def batch_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
         ("updates in all", f"{config.num_steps * updates:,}", ""),
         ("staleness", f"<= {config.max_staleness}", "0: on-policy; more: generating overlaps learning"),
         ("groups in flight", f"{(config.max_staleness + 1) * per_step:,}", "(max_staleness + 1) x groups_per_step"),
+        *evaluation,
     ]  # fmt: skip
+
+
+def _evaluation_algebra(prepared: PreparedRun) -> list[tuple[str, str, str]]:
+    config, evaluation = prepared.config, prepared.evaluation
+    assert config.eval is not None and evaluation is not None
+    times = sum(config.eval.due(version, config.num_steps) for version in range(config.num_steps + 1))
+    start = "at the start, " * config.eval.at_start
+    rows = [("evaluations", f"{times:,}", f"{start}every {config.eval.every} steps and at the end")]
+    for part in evaluation.sets:
+        num_prompts, samples, sampling = len(part.prompts), part.settings.samples, part.settings.sampling
+        how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
+        rows.append(
+            (
+                f"  completions of {part.name}",
+                f"{num_prompts * samples:,}",
+                f"each time: {num_prompts:,} prompts x {samples}, {how}, up to {sampling.max_tokens} tokens",
+            )
+        )
+    return rows
 
 
 def available_gpus() -> int:
@@ -160,7 +181,9 @@ def _prompt_panels(prepared: PreparedRun) -> Group:
         prompt = prepared.prompts[i]
         title = f"prompt {i}: {len(prompt.prompt_ids)} tokens; answer {prompt.answer!r}"
         panels.append(Panel(Text(prompt.text), title=Text(title), title_align="left"))
-    return Group(*panels, Text(str(prepared.prompts.report)))
+    sets = prepared.evaluation.sets if prepared.evaluation is not None else []
+    reports = [prepared.prompts.report, *(part.prompts.report for part in sets)]
+    return Group(*panels, *(Text(str(report)) for report in reports))
 
 
 def _reward_table(checks: list[RewardCheck]) -> Table:
@@ -201,6 +224,8 @@ def _resource_table(config: RunConfig) -> Table:
         f"{learner.num_gpus:g}",
     )
     table.add_row("scorer", str(reward.num_workers), f"{reward.num_cpus:g}", "0")
+    if config.evaluates:
+        table.add_row("evaluator", "1", f"{reward.num_cpus:g}", "0")
     needed = required_resources(config)
     table.add_row("asked for", "", f"{needed.num_cpus:g}", f"{needed.num_gpus:g}", style="bold")
     table.add_row("on this machine", "", str(os.cpu_count()), str(available_gpus()), style="bold")

@@ -4,6 +4,7 @@
       step-000050/          the policy after step 50: what the engine wrote, and
         manifest.json       the size and digest of every file, and where the run stood
       step-000100.partial/  one that is being written, or was when the run died
+      best                  a link to the best of them (`checkpoint.best_by`)
 
 A checkpoint is written beside the others, digested, flushed, and renamed into place: the rename is the moment at which
 it exists. `newest` verifies before it believes, so a file that was cut short or changed makes it fall back to the
@@ -17,6 +18,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+BEST = "best"
 READ_BYTES = 16 * 2**20
 
 
@@ -61,8 +64,8 @@ class CheckpointStore:
     """The checkpoints of one run, in one directory that all learners see."""
 
     def __init__(self, root: str | Path, *, keep: int, keep_best: int = 0):
-        """keep: how many of the newest stay; keep_best: and how many of the others, those with the highest
-        mean_reward. The rest is deleted when a new one is whole."""
+        """keep: how many of the newest stay; keep_best: and how many of the others, the best. The rest is deleted when
+        a new one is whole."""
         self.root = Path(root)
         self._keep = keep
         self._keep_best = keep_best
@@ -74,9 +77,12 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         return partial
 
-    def commit(self, state: RunState) -> Checkpoint:
+    def commit(self, state: RunState, scores: Mapping[int, float] | None = None) -> Checkpoint:
         """Make what was written since `begin` a checkpoint. One process calls this, after all have written. Raises
-        OSError."""
+        OSError.
+
+        scores: by step, how good the policies are: the higher the better, the worst where it is not known. None: their
+        mean_reward."""
         partial, final = self._partial(state.step), self._final(state.step)
         files = {str(path.relative_to(partial)): _size_and_digest(path) for path in _files(partial)}
         manifest = _Manifest(state=asdict(state), files=files)
@@ -87,10 +93,30 @@ class CheckpointStore:
         shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at the same step
         os.rename(partial, final)
         _flush_directory(self.root)
-        others = sorted(self._directories()[self._keep :], key=_mean_reward, reverse=True)
+        others = sorted(self._directories()[self._keep :], key=lambda path: _score(path, scores), reverse=True)
         for old in others[self._keep_best :]:
             shutil.rmtree(old, ignore_errors=True)
+        self.rank(scores)
         return Checkpoint(directory=final, state=state)
+
+    def rank(self, scores: Mapping[int, float] | None = None) -> None:
+        """Have `best` point to the best checkpoint, the newest of equals. See `commit` for scores."""
+        best = max(self._directories(), key=lambda path: _score(path, scores), default=None)
+        if best is None:
+            return
+        partial = self.root / f"{BEST}.partial"
+        try:
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(best.name)
+            os.replace(partial, self.root / BEST)
+        except OSError as error:  # the checkpoints are whole all the same
+            logger.error("%s cannot point to %s: %s", self.root / BEST, best.name, error)
+
+    @property
+    def best(self) -> Path | None:
+        """What `best` points to."""
+        link = self.root / BEST
+        return link.resolve() if link.exists() else None
 
     def abandon(self, step: int) -> None:
         """Remove what `begin` began."""
@@ -132,7 +158,9 @@ def _verified(directory: Path) -> Checkpoint:
     return Checkpoint(directory=directory, state=RunState(**manifest.state))
 
 
-def _mean_reward(directory: Path) -> float:
+def _score(directory: Path, scores: Mapping[int, float] | None) -> float:
+    if scores is not None:
+        return scores.get(int(directory.name.removeprefix("step-")), -math.inf)
     try:
         value = json.loads((directory / MANIFEST).read_text())["state"]["mean_reward"]
     except (OSError, ValueError, KeyError):

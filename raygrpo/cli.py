@@ -105,7 +105,14 @@ def train(
         _fail(f"stopped; go on with: {command}")
     seconds = time.monotonic() - start_s
     print_summary(
-        Console(), result.history, result.links, name=settings.name, export_dir=result.export_dir, seconds=seconds
+        Console(),
+        result.history,
+        result.links,
+        name=settings.name,
+        evaluations=result.evaluations,
+        export_dir=result.export_dir,
+        best_checkpoint=result.best_checkpoint,
+        seconds=seconds,
     )
 
 
@@ -130,33 +137,30 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 def evaluate(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    samples: Annotated[int, typer.Option(min=1, help="Completions for each prompt.")] = 1,
-    show: Annotated[int, typer.Option(min=0, help="Print so many answers and completions.")] = 3,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions for each prompt, instead of what CONFIG says.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Print so many answers and completions of each set.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="Of CPU kernels; by default all cores.")] = None,
 ) -> None:
-    """Mean reward of a model on the prompts of CONFIG, sampled and scored as CONFIG says; nothing is trained.
+    """Evaluate a model as the `eval` section of CONFIG says, as a run of CONFIG does; nothing is trained.
 
-    Overrides name other prompts or another model, such as one that a run exported.
+    Without that section: the mean reward on CONFIG's prompts, sampled as in training. Overrides name other prompts or
+    another model, such as one that a run exported.
 
-    Example: raygrpo evaluate my_run.yaml data.source=held_out.jsonl model.path=runs/my_run-latest/model --samples 4
+    Example: raygrpo evaluate my_run.yaml model.path=runs/my_run-latest/model
     """
     import os
 
+    from raygrpo.evaluate import describe
     from raygrpo.evaluate import evaluate as run
 
     settings = _load(config, overrides)
     num_threads = threads or os.cpu_count() or 1
-    result = _or_exit(lambda: run(settings, config.parent, samples=samples, num_threads=num_threads))
-    for scored in result.groups[:show]:
-        rollout, reward = scored.group.rollouts[0], scored.rewards[0]
-        typer.echo(
-            f"  answer {scored.group.prompt.answer!r}, completion {rollout.text!r}: {reward.error or reward.total}"
-        )
-    failed = f"; {result.num_failed} failed to get a reward and count as 0" if result.num_failed else ""
-    typer.echo(
-        f"mean reward {result.mean:.3f} (standard error {result.standard_error:.3f}) of {samples} x "
-        f"{len(result.groups)} completions: {settings.model.path}{failed}"
-    )
+    sets = _or_exit(lambda: run(settings, config.parent, samples=samples, num_threads=num_threads))
+    typer.echo(f"model {settings.model.path}")
+    for evaluated in sets:
+        typer.echo(describe(evaluated, show))
 
 
 @app.command()

@@ -12,15 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from raygrpo.algorithm_config import AlgorithmConfig
-from raygrpo.imports import is_object_name
+from raygrpo.eval_config import EvalConfig, EvalSetConfig
 from raygrpo.section import LabelSelector, NonNegativeFloat, NonNegativeInt, Probability, Section, merge
+from raygrpo.task_config import DataConfig, RewardConfig, SamplingConfig
 from raygrpo.types import LogLevel
 
 
@@ -49,108 +49,6 @@ class ModelConfig(Section):
     """Run Python code that comes with the model."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and leave the model's own weights as they are; null: train all weights."""
-
-
-class DataConfig(Section):
-    source: str
-    """A .jsonl or .parquet file or a glob of them (relative to the YAML's directory), a Hugging Face dataset name, or
-    `module:function` that returns an iterable of dicts."""
-    subset: str | None = None
-    """Configuration of a Hugging Face dataset, e.g. main of openai/gsm8k; files and functions have none."""
-    split: str = "train"
-    """Split of a Hugging Face dataset, slices included, e.g. train[:1000]; files and functions have none."""
-    args: dict[str, Any] = {}
-    """Keyword arguments for `module:function`."""
-    max_rows: PositiveInt | None = None
-    """Read only the first rows of the source."""
-    prompt: str = "prompt"
-    """Column with the prompt: a text, or a list of chat messages ({role, content}) for the tokenizer's chat
-    template."""
-    answer: str | None = "answer"
-    """Column with the reference answer (any JSON value), or null where rewards need none."""
-    system_prompt: str | None = None
-    """Put before every prompt as a system message; a text prompt then becomes the user message of a chat."""
-    chat_template_kwargs: dict[str, Any] = {}
-    """Passed to the chat template as they are, e.g. enable_thinking."""
-    shuffle: bool = True
-    """Draw a new order for each epoch from `seed`; otherwise the order of the source."""
-    max_prompt_tokens: PositiveInt | None = None
-    """Longest prompt accepted; null: what the model's context leaves beside the completion."""
-    overlong_prompts: Literal["error", "drop"] = "error"
-    """What happens to a longer prompt: stop before the run, or leave it out and count it."""
-    invalid_rows: Literal["error", "drop"] = "error"
-    """What happens to a row that is malformed or has an empty prompt: stop, naming file and line, or leave it out and
-    count it."""
-
-    @property
-    def source_kind(self) -> Literal["files", "function", "hub"]:
-        if self.source.endswith((".jsonl", ".parquet")):
-            return "files"
-        return "function" if is_object_name(self.source) else "hub"
-
-    @model_validator(mode="after")
-    def _settings_fit_source(self) -> DataConfig:
-        if self.source_kind != "hub" and (self.subset is not None or self.split != "train"):
-            chosen = f"data.subset ({self.subset}) and data.split ({self.split})"
-            raise ValueError(f"{chosen} choose from a Hugging Face dataset; data.source is {self.source}")
-        if self.source_kind != "function" and self.args:
-            raise ValueError(f"data.args ({self.args}) are for a `module:function`; data.source is {self.source}")
-        return self
-
-
-class RewardFunctionConfig(Section):
-    use: str
-    """`exact_match`, `numeric_match`, `format`, or `module:name` of a function or class; rewards/functions.py says how
-    each is called."""
-    weight: FiniteFloat = 1.0
-    """Factor of this function's value in the total reward."""
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
-    """Name in metrics (`reward/<name>`); null: the function's own name."""
-    timeout_s: PositiveFloat = 30.0
-    """A call that takes longer is a failure of that rollout."""
-    args: dict[str, Any] = {}
-    """Further keyword arguments: for a function at each call, for a class when it is made."""
-
-    @property
-    def metric_name(self) -> str:
-        return self.name or self.use.rpartition(":")[2]
-
-
-class RewardConfig(Section):
-    functions: list[RewardFunctionConfig] = Field(min_length=1)
-    max_error_share: Probability = 0.1
-    """The run stops when a larger share of a step's rollouts failed to get a reward."""
-    num_workers: PositiveInt = 1
-    """Processes that score, each one group at a time."""
-    num_cpus: NonNegativeFloat = 0.1
-    """CPUs that Ray reserves for each scoring process."""
-    label_selector: LabelSelector = {}
-    """Labels of the nodes for the stream's stages, e.g. {raygrpo-role: reward}: the processes that score, and those
-    that wait for generators."""
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> RewardConfig:
-        names = [function.metric_name for function in self.functions]
-        if taken := {"mean", "std", "frac_zero_std", "num_failed"}.intersection(names):
-            raise ValueError(
-                f"reward/{taken.pop()} is a metric of the total reward: give this reward function another `name`"
-            )
-        if len(set(names)) < len(names):
-            raise ValueError(f"two reward functions share a name ({', '.join(names)}): give one of them a `name`")
-        return self
-
-
-class SamplingConfig(Section):
-    max_tokens: PositiveInt = 256
-    """Longest completion."""
-    temperature: PositiveFloat = 1.0
-    """Of the sampler; the learner divides its logits by the same number."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling."""
-    top_k: Annotated[int, Field(ge=-1)] = -1
-    """Sample among the k most likely tokens only; -1: all."""
-    min_p: Probability = 0.0
-    """Leave out tokens less likely than this share of the most likely one."""
 
 
 class GeneratorConfig(Section):
@@ -291,6 +189,9 @@ class LearnerConfig(Section):
         return self
 
 
+TRAINING_REWARD = "reward/mean"
+
+
 class CheckpointConfig(Section):
     every: PositiveInt = 50
     """Steps between checkpoints: the most that a failure can lose. Also the length of a segment, one execution of the
@@ -298,7 +199,10 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
     """Newest checkpoints that stay on disk."""
     keep_best: NonNegativeInt = 0
-    """Besides them, those with the highest mean reward over the steps before them."""
+    """Besides them, the best of the others, by `best_by`."""
+    best_by: str = TRAINING_REWARD
+    """What makes a checkpoint better: reward/mean, the training reward over the steps before it, or a metric of the
+    evaluation of its weights, e.g. eval/held_out/reward. More is better. `checkpoints/best` points to the best one."""
 
 
 class WatchdogConfig(Section):
@@ -360,9 +264,16 @@ class RunConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    eval: EvalConfig | None = None
+    """Evaluation on prompts that are not trained on; null: none."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a run evaluates its policies."""
+        return self.eval is not None and self.eval.every > 0
 
     @property
     def completions_per_step(self) -> int:
@@ -388,6 +299,39 @@ class RunConfig(Section):
             # The default of a field of one section is a value of another: only the tree can fill it in.
             length = self.generator.sampling.max_tokens
             object.__setattr__(self, "algorithm", algorithm.model_copy(update={"aggregation_length": length}))
+        return self
+
+    @model_validator(mode="after")
+    def _resolved_evaluation(self) -> RunConfig:
+        if self.eval is None:
+            return self
+        sets = {name: self._with_max_tokens(settings) for name, settings in self.eval.sets.items()}
+        object.__setattr__(self, "eval", self.eval.model_copy(update={"sets": sets}))
+        return self
+
+    def _with_max_tokens(self, settings: EvalSetConfig) -> EvalSetConfig:
+        """An evaluation's completions are as long as training's unless it says otherwise."""
+        if "max_tokens" in settings.sampling.model_fields_set:
+            return settings
+        sampling = settings.sampling.model_copy(update={"max_tokens": self.generator.sampling.max_tokens})
+        return settings.model_copy(update={"sampling": sampling})
+
+    @model_validator(mode="after")
+    def _checkpoints_have_what_ranks_them(self) -> RunConfig:
+        best_by = self.checkpoint.best_by
+        known = [TRAINING_REWARD, *(self.eval.metrics if self.eval else [])]
+        if best_by not in known:
+            raise ValueError(
+                f"checkpoint.best_by ({best_by}) is no metric that ranks checkpoints; known here: {', '.join(known)}"
+            )
+        if self.eval is None or best_by == TRAINING_REWARD:
+            return self
+        if not self.eval.every or self.checkpoint.every % self.eval.every:
+            raise ValueError(
+                f"checkpoint.best_by is {best_by}, but checkpoints of every {self.checkpoint.every} steps "
+                f"(checkpoint.every) are not all evaluated by one evaluation in {self.eval.every} steps (eval.every): "
+                "make checkpoint.every a multiple of eval.every"
+            )
         return self
 
     @model_validator(mode="after")

@@ -81,14 +81,23 @@ def _set_override(tree: dict[str, Any], override: str) -> None:
 
 def _resolve_paths(tree: dict[str, Any], directory: Path) -> None:
     """Make local paths absolute, in place. A name that is no path here (hub name, module:function) stays as it is."""
-    for section, key in (("model", "path"), ("data", "source")):
-        value = (tree.get(section) or {}).get(key) if isinstance(tree.get(section) or {}, dict) else None
+    evaluation = _mapping(tree, "eval")
+    sets = _mapping(evaluation, "sets")
+    sources = [_mapping(holder, "data") for holder in (tree, evaluation, *(_mapping(sets, name) for name in sets))]
+    for section, key in [(_mapping(tree, "model"), "path"), *((data, "source") for data in sources)]:
+        value = section.get(key)
         if not isinstance(value, str):
             continue
         expanded = Path(value).expanduser()
         local = value.startswith(("./", "../", "/", "~")) or value.endswith((".jsonl", ".parquet"))
         if local or (directory / expanded).exists():
-            tree[section][key] = os.path.normpath((directory / expanded).absolute())
+            section[key] = os.path.normpath((directory / expanded).absolute())
+
+
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at this key; an empty one where there is none."""
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _explain(problem: Any) -> str:
@@ -109,9 +118,14 @@ def _keys_at(location: list[Any]) -> list[str]:
     """The known keys of the section at this place of the tree."""
     section: Any = RunConfig
     for part in location:
-        if isinstance(part, int):
+        if part not in section.model_fields:  # place in a list, or a name of the user's choice
             continue
         annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        candidates = [annotation, *_arguments(annotation)]
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), section)
     return list(section.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    """What a generic type is made of, at any depth."""
+    return [inner for outer in getattr(annotation, "__args__", ()) for inner in (outer, *_arguments(outer))]

@@ -138,6 +138,13 @@ class _TimeLeft(ProgressColumn):
         return Text(self._pace.describe(), style="progress.remaining")
 
 
+def describe_evaluation(version: int, metrics: StepMetrics) -> str:
+    """The mean reward of each set."""
+    rewards = {name: value for name, value in metrics.items() if re.fullmatch(r"eval/[^/]+/reward", name)}
+    shown = ", ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in rewards.items())
+    return f"{shown} after {version} steps"
+
+
 class BarWatcher:
     """One line that moves, and warnings above it."""
 
@@ -155,6 +162,10 @@ class BarWatcher:
     def on_step(self, step: int, metrics: StepMetrics) -> None:
         self._pace.on_step(step, metrics)
         self._progress.update(self._task, completed=step + 1, description=describe_step(metrics))
+
+    def on_evaluation(self, version: int, metrics: StepMetrics) -> None:
+        text = f"evaluation: {describe_evaluation(version, metrics)}"
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_warning(self, text: str) -> None:
         self._progress.console.print(text, style="yellow", markup=False, highlight=False)
@@ -183,6 +194,9 @@ class LineWatcher:
         if is_last or self._clock() >= self._line_s + LINE_PERIOD_S:
             self._line_s = self._clock()
             self._say(f"step {step + 1}/{self._num_steps}  {describe_step(metrics)}  {self._pace.describe()}")
+
+    def on_evaluation(self, version: int, metrics: StepMetrics) -> None:
+        self._say(f"evaluation: {describe_evaluation(version, metrics)}")
 
     def on_warning(self, text: str) -> None:
         self._say(f"warning: {text}")

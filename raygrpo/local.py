@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RunConfig
 from raygrpo.data import sample_seed
+from raygrpo.evaluate import evaluate_with, groups_at_a_time
+from raygrpo.evaluation import findings, make_scorers
+from raygrpo.in_process import sample_groups
 from raygrpo.logs import about
 from raygrpo.lora import AdapterMerger
 from raygrpo.prepare import PreparedRun
 from raygrpo.summary import summarise
+from raygrpo.timeline import Interval
 from raygrpo.train import (
     CHECKPOINT_DIR,
     EXPORT_DIR,
@@ -31,9 +35,10 @@ from raygrpo.train import (
     latest_run_directory,
     new_run_directory,
     run_info,
+    run_result,
     worker_environment,
 )
-from raygrpo.types import RolloutGroup, ScoredGroup, StepMetrics
+from raygrpo.types import GroupRequest, RolloutGroup, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
     from raygrpo.engines.sampling import SamplingEngine
@@ -42,9 +47,8 @@ if TYPE_CHECKING:
     from raygrpo.tracking import Tracker
     from raygrpo.weights import PackedWeights
 
-logger = logging.getLogger(__name__)
 
-GENERATOR = "local"
+logger = logging.getLogger(__name__)
 
 
 def train_locally(
@@ -76,6 +80,8 @@ def _train(prepared: PreparedRun, watcher: Watcher, run_dir: Path, resume_comman
     tracker.start()
     for step, metrics in tracker.history().items():  # of a run that goes on
         watcher.on_step(step, metrics)
+    for version, metrics in tracker.evaluations().items():
+        watcher.on_evaluation(version, metrics)
     status = "FAILED"
     try:
         join_process_group(config)
@@ -86,7 +92,11 @@ def _train(prepared: PreparedRun, watcher: Watcher, run_dir: Path, resume_comman
             num_threads=config.generator.num_threads or len(os.sched_getaffinity(0)),
         )
         scorer = Scorer(config.reward, process=InlineRewards(config.reward.functions))
-        link = LocalRun(prepared, engine, scorer, tracker, watcher)
+        scorers = {}
+        if config.eval is not None:
+            make = lambda reward: Scorer(reward, process=InlineRewards(reward.functions))  # noqa: E731
+            scorers = make_scorers(config, make)
+        link = LocalRun(prepared, engine, scorer, scorers, tracker, watcher)
         setup = LearnerSetup(
             config=config,
             link=link,
@@ -101,8 +111,9 @@ def _train(prepared: PreparedRun, watcher: Watcher, run_dir: Path, resume_comman
         raise
     finally:
         history = tracker.history()
-        links = tracker.finish(status, summarise(history).as_dict())
-    return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
+        evaluations = tracker.evaluations()
+        links = tracker.finish(status, summarise(history, evaluations).as_dict())
+    return run_result(run_dir, history, evaluations, links)
 
 
 def join_process_group(config: RunConfig) -> None:
@@ -122,12 +133,21 @@ class LocalRun:
     """What roles/link.py is in a distributed run, and the stream of its groups."""
 
     def __init__(
-        self, prepared: PreparedRun, engine: SamplingEngine, scorer: Scorer, tracker: Tracker, watcher: Watcher
+        self,
+        prepared: PreparedRun,
+        engine: SamplingEngine,
+        scorer: Scorer,
+        evaluation_scorers: dict[str, Scorer],
+        tracker: Tracker,
+        watcher: Watcher,
     ):
         self._config = prepared.config
         self._prompts = prepared.prompts
         self._engine = engine
         self._scorer = scorer
+        self._evaluation = prepared.evaluation
+        self._evaluation_scorers = evaluation_scorers
+        self._evaluated: Interval | None = None  # when the last evaluation ran, until a publish reports it
         self._tracker = tracker
         self._watcher = watcher
         self._merge = AdapterMerger(self._config.model) if self._config.model.lora else None
@@ -151,7 +171,8 @@ class LocalRun:
         start_s = time.time()
         tensors = unpack(weights)
         self._engine.load_weights(self._merge(tensors) if self._merge else tensors)
-        if self._version < 0:
+        is_first = self._version < 0
+        if is_first:
             self._watcher.on_phase("training")
         self._version = version
         self._report = PublishReport(
@@ -162,7 +183,36 @@ class LocalRun:
             num_generators=1,
             failed=[],
             generator_failures=0,
+            evaluated=self._evaluated,
         )
+        self._evaluated = None
+        # Of the weights that a resumed run begins with, the run before may have evaluated them.
+        if not (is_first and version in self._tracker.evaluations()):
+            self._evaluate(version)
+
+    def _evaluate(self, version: int) -> None:
+        """Evaluate the weights just loaded, if it is their turn."""
+        settings = self._config.eval
+        if settings is None or self._evaluation is None or not settings.due(version, self._config.num_steps):
+            return
+        start_s = time.time()
+        sets = evaluate_with(
+            self._engine,
+            self._evaluation_scorers,
+            self._evaluation,
+            version=version,
+            at_a_time=groups_at_a_time(self._config),
+        )
+        self._evaluated = (start_s, time.time())
+        seconds = self._evaluated[1] - start_s
+        self._tracker.log_evaluation(version, *findings(sets, seconds, settings.table_prompts))
+        self._watcher.on_evaluation(version, self._tracker.evaluations(version)[version])
+
+    def evaluated(self) -> None:
+        pass  # a publish returns when it is done
+
+    def evaluations(self) -> dict[int, StepMetrics]:
+        return self._tracker.evaluations()
 
     def published(self) -> PublishReport | None:
         report, self._report = self._report, None
@@ -216,45 +266,18 @@ class LocalRun:
 
     def _roll_out(self, replacements: dict[int, int]) -> list[RolloutGroup]:
         """Sample the tickets' prompts, as many at a time as the engine is given."""
-        deterministic = self._config.deterministic
-        size = 1 if deterministic else self._config.generator.max_groups
-        tickets = list(replacements)
-        groups: list[RolloutGroup] = []
-        for start in range(0, len(tickets), size):
-            if deterministic:
-                self._engine.reset_prefix_cache()
-            groups += self._sample({t: replacements[t] for t in tickets[start : start + size]})
-        return groups
-
-    def _sample(self, replacements: dict[int, int]) -> list[RolloutGroup]:
-        seed, size = self._config.seed, self._config.group_size
-        start_s = time.time()
-        rollouts, end_s, errors = {}, dict.fromkeys(replacements, start_s), {}
-        prompts = {t: self._prompts.at(t, seed, attempt=attempt) for t, attempt in replacements.items()}
-        for ticket, attempt in replacements.items():
-            seeds = [sample_seed(seed, ticket, i, attempt=attempt) for i in range(size)]
-            try:
-                self._engine.add_group(str(ticket), prompts[ticket].prompt_ids, seeds)
-            except ValueError as error:
-                errors[ticket] = str(error)
-        while self._engine.num_unfinished:
-            for group_id, index, rollout in self._engine.step():
-                rollouts[int(group_id), index] = rollout
-                end_s[int(group_id)] = time.time()
-        for ticket in replacements:
-            with about(group=ticket):
-                logger.info("sampled by version %d: %s", self._version, errors.get(ticket) or "whole")
-        return [
-            RolloutGroup(
+        seed = self._config.seed
+        requests = [
+            GroupRequest(
                 ticket=ticket,
-                prompt=prompts[ticket],
-                policy_version=self._version,
-                rollouts=[] if ticket in errors else [rollouts[ticket, i] for i in range(size)],
-                generator=GENERATOR,
-                generate_start_s=start_s,
-                generate_end_s=end_s[ticket],
-                error=errors.get(ticket, ""),
+                prompt=self._prompts.at(ticket, seed, attempt=attempt),
+                seeds=[sample_seed(seed, ticket, i, attempt=attempt) for i in range(self._config.group_size)],
                 replacement=attempt,
             )
             for ticket, attempt in replacements.items()
         ]
+        groups = sample_groups(self._engine, requests, version=self._version, at_a_time=groups_at_a_time(self._config))
+        for group in groups:
+            with about(group=group.ticket):
+                logger.info("sampled by version %d: %s", group.policy_version, group.error or "whole")
+        return groups

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raygrpo.config import RunConfig
+from raygrpo.config import DataConfig, RunConfig
 from raygrpo.data import PromptSet, load_prompts
+from raygrpo.eval_config import EvalConfig
+from raygrpo.evaluation import Evaluation, EvaluationSet
 from raygrpo.rewards import Scorer
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
     max_model_len: int  # tokens of the longest prompt and completion together: what a generator must hold
+    evaluation: Evaluation | None  # what `eval` describes
 
 
 def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
@@ -43,19 +46,7 @@ def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
     model, tokenizer = _load_model_config(config)
     context = getattr(model.get_text_config(), "max_position_embeddings", None)
     completion = config.generator.sampling.max_tokens
-    if context is not None and completion >= context:
-        raise ValueError(
-            f"generator.sampling.max_tokens ({completion}) leaves no room for a prompt in the context of "
-            f"{config.model.path} ({context} tokens)"
-        )
-    longest = context - completion if context is not None else sys.maxsize
-    if config.data.max_prompt_tokens is not None:
-        if config.data.max_prompt_tokens > longest:
-            raise ValueError(
-                f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) and generator.sampling.max_tokens "
-                f"({completion}) exceed the context of {config.model.path} ({context} tokens)"
-            )
-        longest = config.data.max_prompt_tokens
+    longest = _longest_prompt(config.data, completion, context, "generator.sampling", "data")
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=longest, import_paths=import_paths)
     Scorer(config.reward, import_paths).close()  # the functions can be loaded
     max_model_len = int(prompts.num_prompt_tokens.max()) + completion
@@ -64,6 +55,11 @@ def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
             f"learner.max_tokens ({config.learner.max_tokens}) does not hold the longest prompt with its completion "
             f"({max_model_len - completion} + {completion} tokens), and a sequence is not cut: set {max_model_len}"
         )
+    evaluation = None
+    if config.eval is not None:
+        evaluation = _prepare_evaluation(config, config.eval, tokenizer, context, import_paths)
+        lengths = [int(s.prompts.num_prompt_tokens.max()) + s.settings.sampling.max_tokens for s in evaluation.sets]
+        max_model_len = max(max_model_len, *lengths)
     return PreparedRun(
         config=config,
         import_paths=import_paths,
@@ -71,7 +67,45 @@ def prepare(config: RunConfig, config_dir: str | Path) -> PreparedRun:
         tokenizer=tokenizer,
         prompts=prompts,
         max_model_len=max_model_len,
+        evaluation=evaluation,
     )
+
+
+def _longest_prompt(data: DataConfig, completion: int, context: int | None, sampling_key: str, data_key: str) -> int:
+    """Tokens that a prompt may have beside a completion of so many; the keys are for messages."""
+    if context is None:
+        return data.max_prompt_tokens or sys.maxsize
+    if completion >= context:
+        raise ValueError(
+            f"{sampling_key}.max_tokens ({completion}) leaves no room for a prompt in the model's context "
+            f"({context} tokens)"
+        )
+    if data.max_prompt_tokens is None:
+        return context - completion
+    if data.max_prompt_tokens > context - completion:
+        raise ValueError(
+            f"{data_key}.max_prompt_tokens ({data.max_prompt_tokens}) and {sampling_key}.max_tokens ({completion}) "
+            f"exceed the model's context ({context} tokens)"
+        )
+    return data.max_prompt_tokens
+
+
+def _prepare_evaluation(
+    config: RunConfig, settings: EvalConfig, tokenizer: Any, context: int | None, import_paths: list[str]
+) -> Evaluation:
+    """The sets that `eval` names, with their prompts."""
+    sets = []
+    for name, part in settings.sets.items():
+        key = f"eval.sets.{name}"
+        longest = _longest_prompt(part.data, part.sampling.max_tokens, context, f"{key}.sampling", f"{key}.data")
+        try:
+            prompts = load_prompts(part.data, tokenizer, max_prompt_tokens=longest, import_paths=import_paths)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        sets.append(EvaluationSet(name=name, settings=part, prompts=prompts))
+        if part.functions is not None:
+            Scorer(config.reward.model_copy(update={"functions": part.functions}), import_paths).close()
+    return Evaluation(sets=sets, seed=config.seed)
 
 
 def _load_model_config(config: RunConfig) -> tuple[Any, Any]:
@@ -111,6 +145,7 @@ def required_resources(config: RunConfig) -> Resources:
         num_cpus=generator.num_actors * generator.num_cpus
         + learner.num_workers * learner.num_cpus
         + reward.num_workers * reward.num_cpus
+        + (reward.num_cpus if config.evaluates else 0.0)
         + proxies,
         num_gpus=generator.num_actors * generator.num_gpus + learner.num_workers * learner.num_gpus,
     )

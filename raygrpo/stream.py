@@ -168,7 +168,8 @@ class RolloutStage:
             if claim.generator is None:
                 groups[row] = _failed_group(claim, claim.error)
                 continue
-            ref = claim.generator.generate.remote(claim.ticket, claim.prompt, claim.seeds, claim.min_version)
+            arguments = (claim.ticket, claim.prompt, claim.seeds, claim.min_version, claim.sampling)
+            ref = claim.generator.generate.remote(*arguments)
             calls[ref] = _Call(row, claim, time.monotonic() + claim.timeout_s)
         return calls
 

@@ -24,9 +24,22 @@ STAGES = {  # as in timing_s/*
     "reward": "scoring",
     "learn": "learning",
     "publish": "publishing weights",
+    "evaluate": "evaluating",
     "other": "anything else",
 }
 EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A metric of evaluations: of the first policy that was evaluated, of the last, and of the best."""
+
+    first: float
+    first_version: int
+    last: float
+    last_version: int
+    best: float
+    best_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +56,7 @@ class RunSummary:
     tokens_repeated: float  # had every completion brought its own prompt
     step_s: float  # all steps together
     stage_s: dict[str, float]  # seconds in which the stage was at work; stages overlap when max_staleness > 0
+    evaluated: dict[str, Progress]  # metric of evaluations of which more is better -> how it went
 
     @property
     def token_ratio(self) -> float:
@@ -52,8 +66,8 @@ class RunSummary:
         return asdict(self) | {"token_ratio": self.token_ratio}
 
 
-def summarise(history: dict[int, StepMetrics]) -> RunSummary:
-    """The numbers of a run from its metrics by step."""
+def summarise(history: dict[int, StepMetrics], evaluations: dict[int, StepMetrics] | None = None) -> RunSummary:
+    """The numbers of a run from its metrics by step, and from those of its evaluations by version."""
     rewards = _rewards(history)
     num_first = max(1, min(FIRST_STEPS, len(rewards) // 3))
     num_last = max(1, min(LAST_STEPS, len(rewards) // 3))
@@ -71,8 +85,31 @@ def summarise(history: dict[int, StepMetrics]) -> RunSummary:
         tokens_encoded=total("prefix/tokens_encoded"),
         tokens_repeated=total("prefix/tokens_repeated"),
         step_s=total("timing_s/step"),
-        stage_s={stage: total(f"timing_s/{stage}") for stage in STAGES},
+        stage_s={stage: s for stage in STAGES if (s := total(f"timing_s/{stage}")) or stage != "evaluate"},
+        evaluated=_progress(evaluations or {}),
     )
+
+
+def _progress(evaluations: dict[int, StepMetrics]) -> dict[str, Progress]:
+    names = dict.fromkeys(name for metrics in evaluations.values() for name in metrics if _more_is_better(name))
+    progress = {}
+    for name in names:
+        values = {version: metrics[name] for version, metrics in sorted(evaluations.items()) if name in metrics}
+        first, last, best = min(values), max(values), max(values, key=lambda version: values[version])
+        progress[name] = Progress(
+            first=values[first],
+            first_version=first,
+            last=values[last],
+            last_version=last,
+            best=values[best],
+            best_version=best,
+        )
+    return progress
+
+
+def _more_is_better(name: str) -> bool:
+    metric = name.rpartition("/")[2]
+    return name.startswith("eval/") and (metric == "reward" or metric.startswith("pass_at_"))
 
 
 def print_summary(
@@ -81,11 +118,14 @@ def print_summary(
     links: Links,
     *,
     name: str,
+    evaluations: dict[int, StepMetrics] | None = None,
     export_dir: str | None = None,
+    best_checkpoint: str | None = None,
     seconds: float | None = None,
 ) -> None:
-    """Print it. export_dir: the trained policy, if any. seconds: how long the run took, start-up included."""
-    summary = summarise(history)
+    """Print it. evaluations: by version. export_dir: the trained policy, if any. seconds: how long the run took,
+    start-up included."""
+    summary = summarise(history, evaluations)
     title = f"{name}: {summary.num_steps} steps in {duration(summary.step_s)}"
     if seconds is not None:
         title += f" ({duration(seconds)} with start-up)"
@@ -94,9 +134,10 @@ def print_summary(
         console.print("No step was trained.", style="yellow")
     else:
         _print_reward(console, summary, history)
+        _print_evaluations(console, summary)
         _print_costs(console, summary)
     _print_faults(console, history)
-    _print_places(console, links, export_dir)
+    _print_places(console, links, export_dir, best_checkpoint)
 
 
 def chart(values: Sequence[float], width: int, height: int) -> list[str]:
@@ -150,6 +191,22 @@ def _print_reward(console: Console, summary: RunSummary, history: dict[int, Step
     console.print()
 
 
+def _print_evaluations(console: Console, summary: RunSummary) -> None:
+    for name, progress in summary.evaluated.items():
+        better = progress.last > progress.first
+        line = Text.assemble(
+            (f"{name}  ", "bold"),
+            f"{progress.first:.3f}",
+            (f" (after {progress.first_version} steps)", "dim"),
+            "  →  ",
+            (f"{progress.last:.3f}", "bold green" if better else "bold yellow"),
+            (f" (after {progress.last_version}; best {progress.best:.3f} after {progress.best_version})", "dim"),
+        )
+        console.print(line)
+    if summary.evaluated:
+        console.print()
+
+
 def _print_costs(console: Console, summary: RunSummary) -> None:
     if summary.tokens_encoded:
         console.print(
@@ -192,8 +249,8 @@ def _print_faults(console: Console, history: dict[int, StepMetrics]) -> None:
         console.print(f"{metric} was not 0 in {_steps('', count).strip()}", style="yellow", highlight=False)
 
 
-def _print_places(console: Console, links: Links, export_dir: str | None) -> None:
-    places = {"model": export_dir, "reward curve": links.figure}
+def _print_places(console: Console, links: Links, export_dir: str | None, best_checkpoint: str | None) -> None:
+    places = {"model": export_dir, "checkpoint": best_checkpoint, "reward curve": links.figure}
     if links.ui_command:
         places |= {"MLflow": links.ui_command, "": links.run_url}
     else:

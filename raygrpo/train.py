@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raygrpo.checkpoint import CheckpointStore
 from raygrpo.config import RunConfig
 from raygrpo.jobs.driver import identify, require_shared_storage
 from raygrpo.logs import LOG_DIR, close_log, open_log
@@ -58,6 +59,8 @@ class Watcher(Protocol):
 
     def on_step(self, step: int, metrics: StepMetrics) -> None: ...
 
+    def on_evaluation(self, version: int, metrics: StepMetrics) -> None: ...
+
     def on_warning(self, text: str) -> None: ...
 
 
@@ -68,6 +71,8 @@ class RunResult:
     run_dir: str
     export_dir: str  # the trained policy as a Hugging Face model
     history: dict[int, StepMetrics]  # by step
+    evaluations: dict[int, StepMetrics]  # by version of the policy
+    best_checkpoint: str | None
     links: Links  # where MLflow shows it
 
 
@@ -94,15 +99,14 @@ def train(
         require_shared_storage(config)
         run = run_info(config, old_run_dir or new_run_directory(config))
         with driver_log(run, resume=resume):
-            history, links = _train(prepared, run, watcher, resume_command, dashboard)
-    export_dir = str(Path(run.directory, EXPORT_DIR))
-    return RunResult(run_dir=run.directory, export_dir=export_dir, history=history, links=links)
+            history, evaluations, links = _train(prepared, run, watcher, resume_command, dashboard)
+    return run_result(Path(run.directory), history, evaluations, links)
 
 
 def _train(
     prepared: PreparedRun, run: RunInfo, watcher: Watcher, resume_command: str | None, dashboard: str | None
-) -> tuple[dict[int, StepMetrics], Links]:
-    """All of the run on the Ray that this process is connected to."""
+) -> tuple[dict[int, StepMetrics], dict[int, StepMetrics], Links]:
+    """All of the run on the Ray that this process is connected to: steps, evaluations, and where they are shown."""
     import ray
 
     config = prepared.config
@@ -111,10 +115,11 @@ def _train(
     tracker = launch_tracker(config, run, resume_command, dashboard)
     generators = launch_generators(prepared, run)
     controller = launch_controller(prepared, run)
-    prompts = ray.put(prepared.prompts)
+    evaluator = launch_evaluator(prepared, run, controller, tracker) if config.evaluates else None
+    prompts, evaluation = ray.put(prepared.prompts), ray.put(prepared.evaluation)
     status = "FAILED"
     try:
-        set_up = partial(controller.set_up.remote, prompts, generators)
+        set_up = partial(controller.set_up.remote, prompts, generators, evaluation, evaluator)
         with _follow(tracker, controller, set_up, watcher):
             run_gang(prepared, controller, tracker, run)
         status = "FINISHED"
@@ -123,10 +128,25 @@ def _train(
         raise
     finally:
         history: Any = ray.get(tracker.history.remote())
-        links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
-        for actor in (*generators.values(), controller, tracker):
+        evaluations: Any = ray.get(tracker.evaluations.remote())
+        links: Any = ray.get(tracker.finish.remote(status, summarise(history, evaluations).as_dict()))
+        for actor in (*generators.values(), *([evaluator] if evaluator else []), controller, tracker):
             ray.kill(actor)  # on a cluster that goes on after us
-    return history, links
+    return history, evaluations, links
+
+
+def run_result(
+    run_dir: Path, history: dict[int, StepMetrics], evaluations: dict[int, StepMetrics], links: Links
+) -> RunResult:
+    best = CheckpointStore(run_dir / CHECKPOINT_DIR, keep=1).best
+    return RunResult(
+        run_dir=str(run_dir),
+        export_dir=str(run_dir / EXPORT_DIR),
+        history=history,
+        evaluations=evaluations,
+        best_checkpoint=str(best) if best else None,
+        links=links,
+    )
 
 
 def new_run_directory(config: RunConfig) -> Path:
@@ -355,11 +375,31 @@ def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
         group_size=config.group_size,
         max_staleness=config.max_staleness,
         settings=config.generator,
+        eval_settings=config.eval,
+        num_steps=config.num_steps,
         watchdog=config.watchdog,
         launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run=run),
         find_unplaced=UnplacedFinder(config),
         run=run,
     )
+
+
+def launch_evaluator(prepared: PreparedRun, run: RunInfo, controller: ActorHandle, tracker: ActorHandle) -> Any:
+    import ray
+
+    from raygrpo.roles.evaluator import Evaluator
+
+    assert prepared.evaluation is not None
+    reward = prepared.config.reward
+    actor = ray.remote(Evaluator).options(
+        name=f"{run.name}-evaluator",
+        num_cpus=reward.num_cpus,
+        label_selector=reward.label_selector,
+        max_restarts=-1,
+        max_task_retries=-1,  # an evaluation that it died of is begun again
+    )
+    arguments = (prepared.config, prepared.evaluation.sizes, prepared.import_paths, controller, tracker)
+    return actor.remote(*arguments, run=run)
 
 
 def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run: RunInfo) -> None:
@@ -472,7 +512,7 @@ def _follow(
     done = threading.Event()
 
     def follow() -> None:
-        next_step = 0
+        next_step = next_version = 0
         num_warnings = {"controller": 0, "tracker": 0}
         phase = ""
         is_linked = False
@@ -507,6 +547,10 @@ def _follow(
             if now != phase:
                 phase = now
                 watcher.on_phase(phase)
+            evaluations: Any = ray.get(tracker.evaluations.remote(next_version))
+            for version, metrics in evaluations.items():
+                watcher.on_evaluation(version, metrics)
+                next_version = version + 1
 
     thread = threading.Thread(target=follow, name="watcher", daemon=True)
     thread.start()

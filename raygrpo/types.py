@@ -13,7 +13,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from raygrpo.task_config import SamplingConfig
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 FENCED = -1  # in place of a ticket: a row that stands for nothing
@@ -58,11 +61,22 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRequest:
+    """What a group is sampled from."""
+
+    ticket: int  # of the group; in an evaluation its row
+    prompt: Prompt
+    seeds: list[int]  # [G], one for each completion
+    sampling: SamplingConfig | None = None  # None: generator.sampling
+    replacement: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
     """All completions of one prompt, sampled under one policy version. Without rollouts when generation failed: `error`
     says why."""
 
-    ticket: int  # position in the run: step * groups_per_step + place within the step
+    ticket: int  # position in the run: step * groups_per_step + place within the step; in an evaluation its row
     prompt: Prompt
     policy_version: int
     rollouts: list[Rollout]  # [G], or [] after an error

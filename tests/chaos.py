@@ -194,7 +194,8 @@ def record(run_dir: Path) -> dict[int, dict[str, float]]:
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):  # the line that is being written
             entry = json.loads(line)
-            steps[entry["step"]] = entry["metrics"]
+            if "reward/mean" in entry["metrics"]:  # else an evaluation's
+                steps[entry["step"]] = entry["metrics"]
     return steps
 
 

@@ -39,7 +39,9 @@ class FakeGenerator:
         node = ray.get_runtime_context().get_node_id()
         return WeightsAck(generator=self._name, version=version, num_bytes=8, drain_s=0.0, load_s=0.0, node=node)
 
-    async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
+    async def generate(
+        self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int, sampling: Any = None
+    ) -> RolloutGroup:
         script, start_s, version = self._script, time.time(), self._version
         if version < min_version or version < 0:
             raise TimeoutError(f"{self._name} has version {version}")

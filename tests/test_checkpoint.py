@@ -38,7 +38,7 @@ def write(store: CheckpointStore, step: int, *, reward: float = math.nan) -> Che
 
 
 def steps(store: CheckpointStore) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in store.root.iterdir())
+    return sorted(int(path.name.removeprefix("step-")) for path in store.root.iterdir() if not path.is_symlink())
 
 
 @pytest.fixture
@@ -68,6 +68,27 @@ def test_older_ones_are_deleted_and_the_best_stay(tmp_path):
     without_best = CheckpointStore(tmp_path, keep=2)
     write(without_best, 60, reward=0.0)
     assert steps(without_best) == [50, 60]
+
+
+def test_scores_rank_instead_of_training_rewards_and_best_points_to_the_best(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=1)
+    assert store.best is None
+    scores: dict[int, float] = {}
+    best = []
+    for step, score in {10: 0.1, 20: 0.9, 30: 0.3, 40: 0.9, 50: 0.2}.items():
+        partial = store.begin(step)
+        (partial / "weights.pt").write_bytes(bytes([step]))
+        store.commit(state(step, reward=-step), scores)
+        scores[step] = score  # the evaluation comes after the checkpoint
+        best.append(store.best and store.best.name)
+    assert best == ["step-000010", "step-000010", "step-000020", "step-000020", "step-000040"]
+    assert steps(store) == [40, 50]
+    store.rank({50: 1.0})
+    assert store.best == tmp_path / "step-000050"
+    store.rank()
+    assert store.best == tmp_path / "step-000040", "by the training reward"
+    newest = store.newest()
+    assert newest is not None and newest.state.step == 50, "a run goes on from the newest"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "manifest cut", "no manifest", "other format"])

@@ -107,3 +107,12 @@ def test_the_bar_is_one_line_of_any_terminal(width):
     if width >= 80:
         for part in ("training", "2/4000", "reward 0.250", "staleness 1", "123456 tokens/s", "22:12:40 left"):
             assert part[:-1] in text, (part, text)
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_evaluations_are_said_at_once_with_the_reward_of_each_set(on_terminal):
+    found = {"eval/held_out/reward": 0.25, "eval/hard/reward": 0.125, "eval/hard/pass_at_4": 0.5, "eval/seconds": 3.0}
+    stream = io.StringIO()
+    with show_progress(run_config(), Console(file=stream, width=80, force_terminal=on_terminal)) as watcher:
+        watcher.on_evaluation(10, found)
+    assert "evaluation: held_out 0.250, hard 0.125 after 10 steps" in stream.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from raygrpo.config_file import load_config
 from raygrpo.data import prompt_index
 from raygrpo.local import train_locally
 from raygrpo.prepare import prepare
+from raygrpo.tracking import Tracker
 from raygrpo.train import RunResult, worker_environment
 from raygrpo.types import RunStopped
 from tests.conftest import run_config
 from tests.test_train import TASK, Recorder
 from tests.tiny_models import tiny_model
+from tests.tracking.conftest import Store
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("process_group")]
 
@@ -122,17 +125,82 @@ def test_dynamic_sampling_takes_other_prompts(run):
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(run, monkeypatch):
     commit = CheckpointStore.commit
 
-    def full_at_step_2(store: CheckpointStore, state: RunState) -> Any:
+    def full_at_step_2(store: CheckpointStore, state: RunState, scores: None) -> Any:
         if state.step == 2:
             raise OSError(28, "No space left on device")
-        return commit(store, state)
+        return commit(store, state, scores)
 
     monkeypatch.setattr(CheckpointStore, "commit", full_at_step_2)
     result, recorder = run()
     assert "the checkpoint of step 2 was not written: OSError: [Errno 28] No space left on device" in recorder.warnings
     assert result.history[2]["faults/checkpoints_failed"] == 1
-    left = [path.name for path in Path(result.run_dir, "checkpoints").iterdir()]
-    assert left == ["step-000003"], "nothing half-written"
+    left = sorted(path.name for path in Path(result.run_dir, "checkpoints").iterdir())
+    assert left == ["best", "step-000003"], "nothing half-written"
+
+
+GREEDY = "{data: {source: 'local_task:rows', max_rows: 3}, sampling: {max_tokens: 12}}"
+SAMPLED = (
+    "{data: {source: 'local_task:rows', max_rows: 2}, sampling: {temperature: 1.0}, samples: 4, pass_at: [1, 2], "
+    "functions: [{use: 'local_task:share'}, {use: 'local_task:later'}]}"
+)
+EVAL = [f"eval.sets={{greedy: {GREEDY}, sampled: {SAMPLED}}}", "eval.every=2", "learner.optimizer.lr=3.0e-3"]
+
+
+def test_evaluations_change_nothing_and_a_resumed_run_neither_repeats_nor_loses_one(run, tmp_path):
+    plain, recorder = run("name=plain", EVAL[2], "num_steps=4")
+    assert plain.evaluations == recorder.evaluations == {}
+    whole, recorder = run("name=whole", *EVAL, "num_steps=4", "eval.table_prompts=2")
+    assert rewards(whole) == rewards(plain), "training is not disturbed"
+    assert list(whole.evaluations) == [0, 2, 4] and recorder.evaluations == whole.evaluations
+    assert all("timing_s/evaluate" in metrics for metrics in whole.history.values())
+    assert whole.history[2]["timing_s/evaluate"] > 0 and whole.history[1]["timing_s/evaluate"] == 0
+    assert whole.evaluations[0]["eval/sampled/reward"] != whole.evaluations[4]["eval/sampled/reward"]
+    store = Store(whole.links.tracking_uri)
+    for version in (0, 2, 4):
+        rows = table(store, whole, f"eval/sampled/step_{version:06d}.json", tmp_path)
+        assert {row["policy_version"] for row in rows} == {version}
+        assert [(row["prompt_id"], row["sample"]) for row in rows] == [(p, i) for p in range(2) for i in range(4)]
+        assert all(row["reward"] == pytest.approx(row["reward/share"] + row["reward/later"]) for row in rows)
+        mean = sum(row["reward"] for row in rows) / 8
+        assert whole.evaluations[version]["eval/sampled/reward"] == pytest.approx(mean)
+
+    first, _ = run("name=parts", *EVAL, "num_steps=3")  # its checkpoints: after 2 steps, and after 3
+    assert list(first.evaluations) == [0, 2, 3]
+    shutil.rmtree(Path(first.run_dir, "checkpoints", "step-000003"))
+    second, recorder = run("name=parts", *EVAL, "num_steps=4", resume=True)
+    assert list(second.evaluations) == [0, 2, 3, 4] and recorder.evaluations.keys() == second.evaluations.keys()
+    assert second.evaluations[2] == first.evaluations[2], "also its seconds: it was not made again"
+    for version in (0, 2, 4):
+        found, expected = second.evaluations[version], whole.evaluations[version]
+        assert all(found[name] == expected[name] for name in expected if name != "eval/seconds")
+    points = store.points(second.links.run_id, "eval/greedy/reward")
+    assert [step for step, _ in points] == [0, 2, 3, 4], "no point is doubled"
+
+
+def test_checkpoints_are_ranked_by_evaluations_of_their_weights(run):
+    options = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=1", "eval.every=1", "num_steps=4"]
+    all_pass = ["checkpoint.best_by=eval/sampled/pass_at_1", "eval.sets.sampled.pass_reward=-9"]
+    result, _ = run(*EVAL[:1], *options, *all_pass)
+    left = sorted(path.name for path in Path(result.run_dir, "checkpoints").iterdir())
+    assert left == ["best", "step-000003", "step-000004"], "of equals the newest"
+    values = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def log(self: Tracker, version: int, metrics: dict[str, float], shown: Any) -> None:
+            log_evaluation(self, version, metrics | {"eval/greedy/reward": values.get(version, 0.0)}, shown)
+
+        log_evaluation = Tracker.log_evaluation
+        patch.setattr(Tracker, "log_evaluation", log)
+        result, _ = run(*EVAL[:1], *options, "checkpoint.best_by=eval/greedy/reward", "name=ranked")
+    left = sorted(path.name for path in Path(result.run_dir, "checkpoints").iterdir())
+    assert left == ["best", "step-000002", "step-000004"]
+    assert result.best_checkpoint is not None and Path(result.best_checkpoint).name == "step-000002"
+
+
+def table(store: Store, result: RunResult, file: str, directory: Path) -> list[dict[str, Any]]:
+    path = store.client.download_artifacts(result.links.run_id or "", file, str(directory))
+    content = json.loads(Path(path).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
 
 
 def test_generators_that_compute_another_model_stop_the_run(run):

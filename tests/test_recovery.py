@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import pytest
 from tests.chaos import DRIVER, NUM_STEPS, Fault, Outcome, check, record, train, write_task
 
 pytestmark = pytest.mark.timeout(1200)
+EVALUATED = [
+    "eval={every: 3, data: {source: 'chaos_task:rows', max_rows: 4}, samples: 2, sampling: {temperature: 1.0, "
+    "max_tokens: 20}}"
+]  # also longer than what is trained
 ALONE = ["--local", "deterministic=true", "learner.num_workers=1", "generator.num_actors=1"]
 
 
@@ -26,19 +31,41 @@ def alone(config) -> Outcome:
     return train(config, "alone", (), *ALONE)
 
 
-def test_generators_and_processes_do_not_change_a_bit(config, alone):
-    spread = train(config, "spread", (), "deterministic=true", "learner.num_workers=1", "reward.num_workers=2")
+@pytest.fixture(scope="module")
+def spread(config) -> Outcome:
+    """With evaluations, on two generators."""
+    options = ["deterministic=true", "learner.num_workers=1", "reward.num_workers=2", *EVALUATED]
+    return train(config, "spread", (), *options)
+
+
+def evaluations(config: Path, name: str) -> dict[int, dict[str, float]]:
+    """By version, but for their seconds; what was evaluated twice must be the same."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (config.parent / "runs" / f"{name}-latest" / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "eval/seconds" in entry["metrics"]:
+            del entry["metrics"]["eval/seconds"]
+            assert found.setdefault(entry["step"], entry["metrics"]) == entry["metrics"]
+    return found
+
+
+def test_generators_processes_and_evaluations_do_not_change_a_bit(alone, spread):
     check(spread, 0, alone)
 
 
-def test_steps_and_resumed_steps_are_the_steps_of_one_run(config, alone):
-    first = train(config, "halves", (), *ALONE, f"num_steps={NUM_STEPS // 2}")
+def test_steps_and_resumed_steps_are_the_steps_of_one_run(config, alone, spread):
+    first = train(config, "halves", (), *ALONE, *EVALUATED, f"num_steps={NUM_STEPS // 2}")
     assert sorted(first.steps) == list(range(NUM_STEPS // 2)) and first.digest != alone.digest
-    newest = max((config.parent / "runs" / "halves-latest" / "checkpoints").iterdir())
+    newest = max((config.parent / "runs" / "halves-latest" / "checkpoints").glob("step-*"))
     weights = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(weights, weights.stat().st_size - 1)  # so that it goes on from the one before
-    second = train(config, "halves", (), *ALONE, "--resume")
+    second = train(config, "halves", (), *ALONE, *EVALUATED, "--resume")
     check(second, 0, alone)
+    expected = evaluations(config, "spread")
+    assert list(expected) == [0, 3, 6, 8]
+    found = evaluations(config, "halves")
+    assert list(found) == [0, 3, 4, 6, 8], "4 ended the first half"
+    assert {version: found[version] for version in expected} == expected, "the same here as on two generators"
     run_dirs = [path for path in (config.parent / "runs").glob("halves-2*")]
     assert len(run_dirs) == 1, "the same run, in the same directory"
 

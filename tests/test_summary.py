@@ -119,3 +119,21 @@ def test_a_run_that_never_trained_says_so() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_evaluations_are_shown_before_after_and_at_their_best() -> None:
+    rewards = {0: 0.1, 10: 0.7, 20: 0.6}
+    evaluations = {v: {"eval/held_out/reward": r, "eval/held_out/mean_length": 9.0} for v, r in rewards.items()}
+    summary = summarise(make_history(20), evaluations)
+    assert list(summary.evaluated) == ["eval/held_out/reward"], "of other metrics, more is not better"
+    progress = summary.as_dict()["evaluated"]["eval/held_out/reward"]
+    assert progress == {
+        "first": 0.1, "first_version": 0, "last": 0.6, "last_version": 20, "best": 0.7, "best_version": 10,
+    }  # fmt: skip
+    text = printed(make_history(20), evaluations=evaluations, best_checkpoint="/runs/x/checkpoints/step-000010")
+    assert "eval/held_out/reward  0.100 (after 0 steps)  →  0.600 (after 20; best 0.700 after 10)" in text
+    assert "checkpoint    /runs/x/checkpoints/step-000010" in text
+    assert "eval/" not in printed(make_history(20)) and "evaluating" not in printed(make_history(20))
+    evaluating = {step: metrics | {"timing_s/evaluate": 0.5} for step, metrics in make_history(20).items()}
+    assert summarise(evaluating).stage_s["evaluate"] == pytest.approx(10.0)
+    assert "evaluating" in printed(evaluating)

@@ -52,6 +52,7 @@ class Recorder:
         self.phases: list[str] = []
         self.links: dict[str, str] = {}
         self.steps: list[int] = []
+        self.evaluations: dict[int, dict[str, float]] = {}
         self.warnings: list[str] = []
 
     def on_phase(self, text: str) -> None:
@@ -62,6 +63,10 @@ class Recorder:
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)
+
+    def on_evaluation(self, version: int, metrics: dict[str, float]) -> None:
+        assert version not in self.evaluations, "told once"
+        self.evaluations[version] = metrics
 
     def on_warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -129,7 +134,8 @@ def check_run(config: RunConfig, result: RunResult, recorder: Recorder) -> None:
 
 
 def check_times(metrics: dict[str, float]) -> None:
-    parts = {name: metrics[f"timing_s/{name}"] for name in ("generate", "reward", "learn", "publish", "other")}
+    stages = ("generate", "reward", "learn", "publish", "evaluate", "other")
+    parts = {name: metrics.get(f"timing_s/{name}", 0.0) for name in stages}
     step = metrics["timing_s/step"]
     assert all(0 <= value <= step + 1e-6 for value in parts.values()), parts
     assert parts["learn"] > 0
@@ -146,7 +152,7 @@ def check_tracked(result: RunResult) -> None:
     tracked = store.client.get_run(result.links.run_id)
     assert tracked.info.status == "FINISHED"
     names = {name for metrics in result.history.values() for name in metrics}
-    assert names == set(tracked.data.metrics)
+    assert names == {name for name in tracked.data.metrics if not name.startswith("eval/")}
     for name in names:
         expected = {step: metrics[name] for step, metrics in result.history.items() if name in metrics}
         points = store.points(result.links.run_id, name)
@@ -210,8 +216,9 @@ def test_on_policy_with_one_generator_and_one_learner(run, tmp_path):
 
 
 def test_overlapped_with_two_generators_two_learners_zero_3_and_two_segments(run, tmp_path):
-    config, result, _ = run(
+    config, result, recorder = run(
         "max_staleness=1",
+        "eval={every: 1, data: {source: 'task:rows'}, samples: 2, sampling: {temperature: 1.0}}",
         "generator.num_actors=2",
         "learner.num_workers=2",
         "learner.deepspeed.zero_optimization.stage=3",
@@ -223,7 +230,31 @@ def test_overlapped_with_two_generators_two_learners_zero_3_and_two_segments(run
         assert all(step - 1 <= row["policy_version"] <= step for row in rows)
     assert result.history[1]["staleness/max"] == 1, "the second step's groups were sampled while the first was trained"
     assert result.history[1]["timing_s/publish"] > 0
-    assert sorted(path.name for path in Path(result.run_dir, "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    left = sorted(path.name for path in Path(result.run_dir, "checkpoints").iterdir())
+    assert left == ["best", "step-000002", "step-000003"]
+    check_evaluations(result, recorder, tmp_path)
+
+
+def check_evaluations(result: RunResult, recorder: Recorder, directory: Path) -> None:
+    """Every version, sampled by itself and by no other on both generators, and tracked once."""
+    assert list(result.evaluations) == [0, 1, 2, 3] and recorder.evaluations == result.evaluations
+    store = Store(result.links.tracking_uri)
+    generators = set()
+    for version, metrics in result.evaluations.items():
+        table = json.loads(store.text(result.links.run_id, f"eval/held_out/step_{version:06d}.json", directory))
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        assert [row["prompt_id"] for row in rows] == sorted(list(range(NUM_PROMPTS)) * 2)
+        assert {row["policy_version"] for row in rows} == {version}
+        generators |= {row["generator"] for row in rows}
+        mean = sum(row["reward"] for row in rows) / len(rows)
+        assert metrics["eval/held_out/reward"] == pytest.approx(mean)
+    assert generators == {"generator-0", "generator-1"}
+    for name in result.evaluations[0]:
+        expected = {version: metrics[name] for version, metrics in result.evaluations.items()}
+        points = store.points(result.links.run_id, name)
+        assert len(points) == len(expected) and dict(points) == pytest.approx(expected), name
+    assert all(metrics["faults/evaluations_failed"] == 0 for metrics in result.history.values())
+    assert result.history[1]["timing_s/evaluate"] > 0
 
 
 def test_transformers_as_engine_and_a_reward_that_fails_now_and_then(run, tmp_path):

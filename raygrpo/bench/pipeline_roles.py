@@ -54,7 +54,9 @@ class InstantGenerator:
         self._version = version
         return WeightsAck(generator=self._name, version=version, num_bytes=8, drain_s=0.0, load_s=0.0)
 
-    async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
+    async def generate(
+        self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int, sampling: None = None
+    ) -> RolloutGroup:
         assert self._version >= min_version and len(seeds) == GROUP_SIZE
         now = time.time()
         return RolloutGroup(

@@ -36,6 +36,12 @@ def sample_seed(run_seed: int, ticket: int, sample_index: int, attempt: int = 0)
     return _random_word("sample", run_seed, ticket, sample_index, attempt) >> 1
 
 
+def evaluation_seed(run_seed: int, set_name: str, prompt: int, sample_index: int) -> int:
+    """As `sample_seed`, of an evaluation: the same in every evaluation of a run, whichever policy is evaluated, so that
+    one differs from the next by the policy alone. prompt: its place in the set."""
+    return _random_word("evaluation", run_seed, set_name, prompt, sample_index) >> 1
+
+
 @lru_cache(maxsize=8)
 def _epoch_order(num_prompts: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
     """A permutation of range(num_prompts)."""

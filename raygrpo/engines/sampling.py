@@ -40,9 +40,13 @@ class EngineDeadError(RuntimeError):
 class SamplingEngine(Protocol):
     num_cached_tokens: int  # of prompts: needed by a completion, and not computed for it because they had been before
 
-    def add_group(self, group_id: str, prompt_ids: list[int], seeds: Sequence[int]) -> None:
+    def add_group(
+        self, group_id: str, prompt_ids: list[int], seeds: Sequence[int], sampling: SamplingConfig | None = None
+    ) -> None:
         """Begin to sample one completion for each seed. Raises ValueError (and adds nothing) for a request that cannot
         be served.
+
+        sampling: for this group, instead of `generator.sampling`; at temperature 0 seeds have no effect.
         """
 
     def step(self) -> list[tuple[str, int, Rollout]]:

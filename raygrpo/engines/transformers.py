@@ -38,6 +38,7 @@ class _Sample:
 @dataclass(slots=True, kw_only=True)
 class _RunningGroup:
     prompt_ids: list[int]
+    sampling: SamplingConfig
     samples: list[_Sample]  # the unfinished ones: sample i is row i of the cache
     cache: DynamicCache | None = None  # None: the prompt was not computed yet
 
@@ -66,12 +67,15 @@ class TransformersEngine:
     def num_unfinished(self) -> int:
         return sum(len(group.samples) for group in self._groups.values())
 
-    def add_group(self, group_id: str, prompt_ids: list[int], seeds: Sequence[int]) -> None:
+    def add_group(
+        self, group_id: str, prompt_ids: list[int], seeds: Sequence[int], sampling: SamplingConfig | None = None
+    ) -> None:
         if group_id in self._groups:
             raise ValueError(f"group {group_id!r} is being sampled already")
-        check_request(prompt_ids, seeds, self._sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        sampling = sampling or self._sampling
+        check_request(prompt_ids, seeds, sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
         samples = [_Sample(index=i, generator=torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)]
-        self._groups[group_id] = _RunningGroup(prompt_ids=prompt_ids, samples=samples)
+        self._groups[group_id] = _RunningGroup(prompt_ids=prompt_ids, sampling=sampling, samples=samples)
 
     def step(self) -> list[tuple[str, int, Rollout]]:
         finished = []
@@ -119,15 +123,18 @@ class TransformersEngine:
             self.num_cached_tokens += len(group.prompt_ids) * (len(group.samples) - 1)
         else:
             logits = self._forward([sample.completion_ids[-1:] for sample in group.samples], group.cache)
-        logprobs = sampling_logprobs(logits.float().cpu(), self._sampling)
-        token_ids = sample_tokens(logprobs, [sample.generator for sample in group.samples])
+        logprobs = sampling_logprobs(logits.float().cpu(), group.sampling)
+        if group.sampling.temperature == 0:
+            token_ids = most_likely_tokens(logprobs)
+        else:
+            token_ids = sample_tokens(logprobs, [sample.generator for sample in group.samples])
         finished = []
         kept = []
         for row, (sample, token_id) in enumerate(zip(group.samples, token_ids, strict=True)):
             sample.completion_ids.append(token_id)
             sample.logprobs.append(logprobs[row, token_id].item())
             stopped = token_id in self._stop_token_ids
-            if stopped or len(sample.completion_ids) == self._sampling.max_tokens:
+            if stopped or len(sample.completion_ids) == group.sampling.max_tokens:
                 finished.append((sample.index, self._rollout(sample, stopped)))
             else:
                 kept.append(row)
@@ -151,11 +158,12 @@ class TransformersEngine:
 
 
 def sampling_logprobs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Log-probabilities of the distribution that is sampled from; -inf for what the settings cut off.
+    """Log-probabilities of the distribution that is sampled from; -inf for what the settings cut off. At temperature 0
+    those of temperature 1, as vLLM gives them.
 
     logits and result: [G, V], float32.
     """
-    logits = logits / sampling.temperature
+    logits = logits / (sampling.temperature or 1.0)
     if sampling.min_p > 0:
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), -torch.inf)
@@ -171,9 +179,19 @@ def sampling_logprobs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 def sample_tokens(logprobs: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
     """One token for each row, drawn with the row's own generator. logprobs: [G, V], on the CPU."""
-    if not torch.isfinite(logprobs.amax(-1)).all():
-        raise EngineDeadError("the model's logits are not finite: its weights are broken")
+    _check_finite(logprobs)
     cumulative = logprobs.double().exp().cumsum(-1)  # [G, V]
     uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])  # [G, 1]
     # Of the total, which is 1 up to rounding; strictly below it, so that the token found has a probability.
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].tolist()
+
+
+def most_likely_tokens(logprobs: Tensor) -> list[int]:
+    """One token for each row. logprobs: [G, V]."""
+    _check_finite(logprobs)
+    return logprobs.argmax(-1).tolist()
+
+
+def _check_finite(logprobs: Tensor) -> None:
+    if not torch.isfinite(logprobs.amax(-1)).all():
+        raise EngineDeadError("the model's logits are not finite: its weights are broken")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raygrpo.config import GeneratorConfig, ModelConfig
+from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.engines.sampling import (
     EngineDeadError,
     check_request,
@@ -69,9 +69,7 @@ class VllmEngine:
                 True  # as TORCH_COMPILE_DISABLE, which comes too late where transformers was imported
             )
         from transformers import AutoTokenizer
-        from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.llm_engine import LLMEngine
 
         options = {
@@ -112,21 +110,7 @@ class VllmEngine:
         tied = getattr(self._engine.model_config.hf_text_config, "tie_word_embeddings", False)
         self._tied_head = bool(tied)
         self._shapes = checkpoint_shapes(model.path, tied_head=self._tied_head)
-        # Stop tokens are all given by id, and vLLM's own idea of them (tokenizer and generation config) is switched
-        # off, so that both engines stop at the same tokens.
-        self._sampling_params = SamplingParams(
-            max_tokens=self._sampling.max_tokens,
-            temperature=self._sampling.temperature,
-            top_p=self._sampling.top_p,
-            top_k=self._sampling.top_k,
-            min_p=self._sampling.min_p,
-            stop_token_ids=stop_token_ids(model.path, trust_remote_code=model.trust_remote_code),
-            ignore_eos=True,
-            logprobs=0,  # of the sampled token only
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        self._stop_token_ids = stop_token_ids(model.path, trust_remote_code=model.trust_remote_code)
         self._groups: dict[str, list[str]] = {}  # group id -> vLLM's request ids, unfinished ones only
         self._samples: dict[str, tuple[str, int]] = {}  # request id -> (group id, index)
         self._finished: list[Any] = []  # by a step that `score` made
@@ -141,19 +125,20 @@ class VllmEngine:
     def max_model_len(self) -> int:
         return self._max_model_len
 
-    def add_group(self, group_id: str, prompt_ids: list[int], seeds: Sequence[int]) -> None:
+    def add_group(
+        self, group_id: str, prompt_ids: list[int], seeds: Sequence[int], sampling: SamplingConfig | None = None
+    ) -> None:
         """One request per sample, each with its own seed: with vLLM's `n`, neighbouring seeds share all samples but
         one.
         """
         if group_id in self._groups:
             raise ValueError(f"group {group_id!r} is being sampled already")
-        check_request(prompt_ids, seeds, self._sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        sampling = sampling or self._sampling
+        check_request(prompt_ids, seeds, sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
         self._groups[group_id] = []
         for index, seed in enumerate(seeds):
-            params = self._sampling_params.clone()
-            params.seed = seed
             request_id = f"{group_id}/{index}"
-            self._add(request_id, prompt_ids, params)
+            self._add(request_id, prompt_ids, self._params(sampling, seed))
             self._groups[group_id].append(request_id)
             self._samples[request_id] = (group_id, index)
 
@@ -217,6 +202,27 @@ class VllmEngine:
             )
         if not self._engine.reset_prefix_cache():  # it refuses while blocks are in use
             raise EngineDeadError("vLLM did not reset its prefix cache: it would mix old and new keys and values")
+
+    def _params(self, sampling: SamplingConfig, seed: int) -> Any:
+        """Stop tokens are all given by id, and vLLM's own idea of them (tokenizer and generation config) is switched
+        off, so that both engines stop at the same tokens."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=seed,
+            stop_token_ids=self._stop_token_ids,
+            ignore_eos=True,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
         from vllm.inputs.engine import tokens_input

@@ -12,7 +12,7 @@ from raygrpo.rewards.functions import load_function
 from raygrpo.rewards.process import Outcome
 
 if TYPE_CHECKING:
-    from raygrpo.config import RewardFunctionConfig
+    from raygrpo.task_config import RewardFunctionConfig
 
 
 class InlineRewards:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raygrpo.rewards.wire import receive, send
 
 if TYPE_CHECKING:
-    from raygrpo.config import RewardFunctionConfig
+    from raygrpo.task_config import RewardFunctionConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,9 @@ Streams and attempts. Each time the gang of learners starts, it is a new attempt
 registers them). A claim from any stream but the one whose segment is running is fenced: it gets no prompt, and its row
 goes nowhere.
 
+Evaluations (evaluation_turns.py). After a publish whose version is due, its evaluation's rows are claimed from a stream
+of their own, beside the segment's and behind no gate. The next publish waits until that is done or given up.
+
 Publish order: every healthy generator has acknowledged version v before the gate moves to v. The other order lets a
 generator serve an admitted ticket with weights that are one version too old.
 """
@@ -30,14 +33,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from raygrpo.config import GeneratorConfig, WatchdogConfig
+from raygrpo.config import GeneratorConfig, SamplingConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
+from raygrpo.eval_config import EvalConfig
+from raygrpo.evaluation import Evaluation
 from raygrpo.gauges import CLAIMS, GATE, GENERATOR_FAILURES, GENERATORS, PERIOD_S, VERSION, Gauges
 from raygrpo.logs import about, always, open_log
 from raygrpo.roles.demand import Unplaced
+from raygrpo.roles.evaluation_turns import EvaluationTurns
 from raygrpo.roles.generator_pool import GeneratorPool, last_line
-from raygrpo.roles.watchdog import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim, Watchdog, stall_report, write_report
-from raygrpo.types import FENCED, Prompt, RunInfo
+from raygrpo.roles.watchdog import (
+    AT_THE_GATE,
+    WITHOUT_GENERATOR,
+    Failure,
+    Ledger,
+    PendingClaim,
+    Watchdog,
+    stall_report,
+    write_report,
+)
+from raygrpo.timeline import Interval
+from raygrpo.types import FENCED, GroupRequest, Prompt, RunInfo
 
 if TYPE_CHECKING:
     import ray
@@ -60,19 +76,12 @@ class Claim:
     prompt: Prompt
     seeds: list[int]  # one for each completion
     min_version: int
+    sampling: SamplingConfig | None = None  # of an evaluation
     generator: ActorHandle | None  # None: given up, or fenced; `error` says why
     generator_name: str = ""
     timeout_s: float = 0.0  # for the generator to answer
     error: str = ""
     attempt: int = 0  # of the learners
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Of a generator, while it had a ticket's group."""
-
-    reason: str
-    node: str  # of the generator; "" where it is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +95,8 @@ class PublishReport:
     num_generators: int  # healthy ones, which hold the version
     failed: list[str]  # generators that did not load it
     generator_failures: int  # since the run began
+    evaluated: Interval | None = None  # when the evaluation before this publish ran, if there was one
+    evaluations_failed: int = 0  # since the run began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +122,8 @@ class RolloutController:
         group_size: int,
         max_staleness: int,
         settings: GeneratorConfig | None = None,
+        eval_settings: EvalConfig | None = None,
+        num_steps: int = sys.maxsize,
         watchdog: WatchdogConfig | None = None,
         launch: Callable[[str], ActorHandle] | None = None,
         find_unplaced: Callable[[], Unplaced] | None = None,
@@ -139,21 +152,31 @@ class RolloutController:
         self._active_stream = -1
         self._first_ticket = 0  # of the current segment
         self._num_tickets = 0
-        self._claims: dict[int, PendingClaim] = {}  # by ticket
-        self._failures: dict[int, list[_Failure]] = {}  # by ticket
+        self._ledger = Ledger()  # of the current segment
         self._stop_reason: str | None = None
         self._num_evictions = 0
         self._warnings: list[str] = []  # for the person who watches
         self._changed = asyncio.Condition()
         self._pool = GeneratorPool(generators or {}, self._settings, self._changed, self._warn, launch)
+        self._evaluations = EvaluationTurns(
+            eval_settings, num_steps, self._changed, self._warn, self._on_evaluation_end
+        )
         self._watchdog = Watchdog(watchdog or WatchdogConfig())
         self._background: list[asyncio.Task] = []
 
-    async def set_up(self, prompts: PromptSet, generators: dict[str, ActorHandle]) -> None:
-        """What tickets stand for, and who samples. Not arguments of the constructor, which Ray repeats after this actor
-        died: it does not promise to keep large arguments and handles until then. The driver calls this again."""
+    async def set_up(
+        self,
+        prompts: PromptSet,
+        generators: dict[str, ActorHandle],
+        evaluation: Evaluation | None = None,
+        evaluator: ActorHandle | None = None,
+    ) -> None:
+        """What tickets and an evaluation's rows stand for, who samples, and who evaluates. Not arguments of the
+        constructor, which Ray repeats after this actor died: it does not promise to keep large arguments and handles
+        until then. The driver calls this again."""
         if not self._is_set_up.is_set():
             self._prompts = prompts
+            self._evaluations.rows, self._evaluations.evaluator = evaluation, evaluator
             self._pool.add(generators)
             self._is_set_up.set()
         self._start_background()
@@ -173,9 +196,10 @@ class RolloutController:
             at_least = max(at_least, await self._attempt_of_generators() + 1)
         self._attempt = max(self._attempt + 1, at_least)
         async with self._changed:
+            self._evaluations.end_attempt()
             self._version = -1
             self._active_stream = -1
-            self._claims.clear()
+            self._ledger = Ledger()
             self._pool.begin_attempt(self._attempt)
             self._changed.notify_all()
         self._watchdog.progress()
@@ -196,8 +220,7 @@ class RolloutController:
             self._active_stream = self._streams[name]
             self._first_ticket = first_ticket
             self._num_tickets = sys.maxsize if num_tickets is None else num_tickets
-            self._failures.clear()
-            self._claims.clear()
+            self._ledger = Ledger()
             self._changed.notify_all()
         self._watchdog.progress()
         logger.info("a segment begins with ticket %d, of %s rows", first_ticket, num_tickets or "all its")
@@ -209,52 +232,75 @@ class RolloutController:
         left that could come back.
         """
         await self._is_set_up.wait()
+        if (evaluation := self._evaluations.of_stream(stream)) is not None:
+            assert self._evaluations.rows is not None
+            claim = self._claim_for(self._evaluations.rows.request(row), evaluation.version)
+            return await self._assign(
+                claim, evaluation.ledger, lambda: self._evaluations.running is evaluation, lambda: True
+            )
         if stream != self._active_stream or row >= self._num_tickets:
             return _fenced(row)
         assert self._prompts is not None
         ticket = self._first_ticket + row
-        step = ticket // self._groups_per_step
-        claim = Claim(
+        request = GroupRequest(
             ticket=ticket,
             prompt=self._prompts.at(ticket, self._seed, attempt=replacement),
             seeds=[sample_seed(self._seed, ticket, i, attempt=replacement) for i in range(self._group_size)],
-            min_version=max(0, step - self._max_staleness),
+        )
+        claim = self._claim_for(request, max(0, ticket // self._groups_per_step - self._max_staleness))
+        return await self._assign(
+            claim, self._ledger, lambda: stream == self._active_stream, lambda: self._admits(ticket)
+        )
+
+    def _claim_for(self, request: GroupRequest, min_version: int) -> Claim:
+        """Not assigned to a generator yet."""
+        return Claim(
+            ticket=request.ticket,
+            prompt=request.prompt,
+            seeds=request.seeds,
+            min_version=min_version,
+            sampling=request.sampling,
             generator=None,
             timeout_s=self._settings.group_timeout_s,
             attempt=self._attempt,
         )
-        failures = self._failures.get(ticket, [])
+
+    async def _assign(
+        self, claim: Claim, ledger: Ledger, is_open: Callable[[], bool], is_admitted: Callable[[], bool]
+    ) -> Claim:
+        """The claim with a generator, as soon as it is admitted and one is healthy. is_open: of its stream."""
+        ticket = claim.ticket
+        failures = ledger.failures.get(ticket, [])
         if len(failures) >= MAX_ATTEMPTS and len(_of_living_nodes(failures)) >= MAX_ATTEMPTS:
             reasons = "; ".join(failure.reason for failure in failures)
             return replace(claim, error=f"{len(failures)} generators failed: {reasons}")
-        where = WITHOUT_GENERATOR if self._admits(ticket) else AT_THE_GATE
-        if ticket in self._claims:  # of a rollout stage that died: Ray Data repeats its block
-            self._pool.give_back(self._claims[ticket].where)
+        if ticket in ledger.claims:  # of a stage that died: its work is repeated
+            self._pool.give_back(ledger.claims[ticket].where)
+        where = WITHOUT_GENERATOR if is_admitted() else AT_THE_GATE
         waits_since_s = time.monotonic()
-        pending = self._claims[ticket] = PendingClaim(ticket=ticket, where=where, since_s=waits_since_s)
+        pending = PendingClaim(
+            ticket=ticket, where=where, since_s=waits_since_s, is_evaluation=claim.sampling is not None
+        )
+        ledger.claims[ticket] = pending
         while True:
             async with self._changed:
                 await self._changed.wait_for(
-                    lambda: (
-                        stream != self._active_stream
-                        or self._pool.all_dead
-                        or (self._admits(ticket) and self._pool.healthy)
-                    )
+                    lambda: not is_open() or self._pool.all_dead or (is_admitted() and self._pool.healthy)
                 )
-                if stream != self._active_stream or self._claims.get(ticket) is not pending:
-                    return _fenced(row)
+                if not is_open() or ledger.claims.get(ticket) is not pending:
+                    return _fenced(ticket)
                 if self._pool.all_dead:
                     raise RuntimeError(self._pool.cause_of_death)
                 name = self._pool.take()
             pending.where, pending.since_s = name, time.monotonic()
             if not failures or await self._pool.confirm(name):
                 break
-            if self._claims.get(ticket) is not pending:
-                return _fenced(row)
+            if ledger.claims.get(ticket) is not pending:
+                return _fenced(ticket)
             self._pool.give_back(name)
             pending.where = WITHOUT_GENERATOR
-        if self._claims.get(ticket) is not pending:
-            return _fenced(row)
+        if ledger.claims.get(ticket) is not pending:
+            return _fenced(ticket)
         with about(group=ticket):
             logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
@@ -283,22 +329,26 @@ class RolloutController:
         """A claimed ticket came back from its generator: with a group (no error), or because the generator failed.
         restart: it may live, but must not be trusted any more (it hangs, or returns garbage). begun: False where it
         cannot have failed because of the group."""
-        if stream != self._active_stream:
-            return
-        if ticket not in self._claims or self._claims[ticket].where != generator_name:
-            return  # it was claimed anew meanwhile
-        del self._claims[ticket]
+        ledger = self._ledger_of(stream)
+        if ledger is None or ticket not in ledger.claims or ledger.claims[ticket].where != generator_name:
+            return  # its stream has ended, or it was claimed anew meanwhile
+        pending = ledger.claims.pop(ticket)
         self._pool.give_back(generator_name)
         if generator_error is None:
             self._watchdog.progress()
             return
-        error = generator_error
         with about(group=ticket):
-            self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
+            self._warn(f"{pending.what} failed on {generator_name}, and goes to another generator: {generator_error}")
         if begun:
-            failure = _Failure(f"{generator_name}: {error}", self._pool.nodes.get(generator_name, ""))
-            self._failures.setdefault(ticket, []).append(failure)
+            node = self._pool.nodes.get(generator_name, "")
+            failure = Failure(f"{generator_name}: {generator_error}", node)
+            ledger.failures.setdefault(ticket, []).append(failure)
         self._pool.quarantine(generator_name, restart=restart)
+
+    def _ledger_of(self, stream: int) -> Ledger | None:
+        if (evaluation := self._evaluations.of_stream(stream)) is not None:
+            return evaluation.ledger
+        return self._ledger if stream == self._active_stream else None
 
     async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool, bool]]) -> None:
         """Several at once: the arguments of `release` after the stream."""
@@ -309,15 +359,23 @@ class RolloutController:
         """Give every healthy generator the packed weights, then open the gate for `version`.
 
         weights: one reference in a list, so that Ray passes the reference and each node pulls the bytes once.
-        While all generators restart, waits for the first. Raises RuntimeError when no generator can load them.
+        Waits for the evaluation of the version before. While all generators restart, waits for the first. Raises
+        RuntimeError when no generator can load them.
         """
+        attempt = self._attempt
+        await self._evaluations.over()
+        self._check_attempt(attempt, version)
         start_s = time.time()
         acks, failed = await self._pool.publish(version, weights)
+        self._check_attempt(attempt, version)
+        is_first = self._version < 0
         async with self._changed:
             self._version = version
             self._changed.notify_all()
         self._watchdog.progress()
         logger.info("version %d is published: the gate admits tickets below %d", version, self._gate)
+        evaluated = self._evaluations.take_interval()
+        self._evaluations.begin(version, is_first=is_first)
         return PublishReport(
             version=version,
             num_bytes=max((ack.num_bytes for ack in acks), default=0),
@@ -326,7 +384,23 @@ class RolloutController:
             num_generators=len(self._pool.healthy),
             failed=failed,
             generator_failures=self._pool.num_failures,
+            evaluated=evaluated,
+            evaluations_failed=self._evaluations.num_failed,
         )
+
+    def _check_attempt(self, attempt: int, version: int) -> None:
+        """Learners that died while their publish waited must not publish into the attempt of the next ones."""
+        if attempt != self._attempt:
+            raise RuntimeError(f"version {version} was published by attempt {attempt}, and this is {self._attempt}")
+
+    async def evaluated(self) -> None:
+        """Wait until no evaluation is under way."""
+        await self._evaluations.over()
+
+    def _on_evaluation_end(self, ledger: Ledger) -> None:
+        for claim in ledger.claims.values():  # their releases come too late to count
+            self._pool.give_back(claim.where)
+        self._watchdog.progress()
 
     async def learners_do(self, what: str) -> None:
         """The learners went on to something else; for the watchdog and its report."""
@@ -354,7 +428,7 @@ class RolloutController:
         return f"waiting for {num_loading} of {len(self._pool.generators)} generators to load the weights"
 
     def _claims_by_state(self) -> dict[str, int]:
-        places = [claim.where for claim in self._claims.values()]
+        places = [claim.where for claim in self._pending_claims()]
         waiting = {"at_gate": places.count(AT_THE_GATE), "without_generator": places.count(WITHOUT_GENERATOR)}
         return waiting | {"at_generator": len(places) - sum(waiting.values())}
 
@@ -374,6 +448,11 @@ class RolloutController:
         logger.warning(text)
         self._warnings.append(text)
 
+    def _pending_claims(self) -> list[PendingClaim]:
+        """Of the segment, and of the evaluation that is under way."""
+        running = self._evaluations.running
+        return [*self._ledger.claims.values(), *(running.ledger.claims.values() if running else ())]
+
     # What goes on beside the calls.
 
     def _start_background(self) -> None:
@@ -388,7 +467,7 @@ class RolloutController:
     async def _resize(self) -> None:
         while True:
             await asyncio.sleep(RESIZE_PERIOD_S)
-            waiting = sum(claim.where == WITHOUT_GENERATOR for claim in self._claims.values())
+            waiting = sum(claim.where == WITHOUT_GENERATOR for claim in self._pending_claims())
             self._pool.resize(time.monotonic(), waiting)
 
     async def _measure(self, gauges: Gauges) -> None:
@@ -437,12 +516,13 @@ class RolloutController:
     async def _on_stall(self, stalled_s: float) -> None:
         """Report, and do what watchdog.action says."""
         pool, settings = self._pool, self._watchdog.settings
-        claims = list(self._claims.values())
+        claims = self._pending_claims()
         names = list(pool.generators)
         descriptions = await asyncio.gather(*map(self._describe, names))
         text = stall_report(
             stalled_s,
-            state=f"version {self._version}, attempt {self._attempt}, segment from ticket {self._first_ticket}",
+            state=f"version {self._version}, attempt {self._attempt}, segment from ticket {self._first_ticket}"
+            + (", an evaluation is under way" if self._evaluations.running else ""),
             learners=self._watchdog.learners,
             learners_s=time.monotonic() - self._watchdog.learners_since_s,
             claims=claims,
@@ -492,7 +572,7 @@ def _fenced(row: int) -> Claim:
     return Claim(ticket=FENCED, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
 
 
-def _of_living_nodes(failures: list[_Failure]) -> list[_Failure]:
+def _of_living_nodes(failures: list[Failure]) -> list[Failure]:
     """Those that no lost node explains."""
     living = living_nodes()
     return [failure for failure in failures if not failure.node or failure.node in living]

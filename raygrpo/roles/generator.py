@@ -35,7 +35,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raygrpo.config import GeneratorConfig, ModelConfig
+from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
 from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, GENERATOR_VERSION, PERIOD_S, Gauges
 from raygrpo.logs import about, always, open_log
@@ -83,6 +83,7 @@ class _Group:
     ticket: int
     prompt: Prompt
     seeds: list[int]
+    sampling: SamplingConfig | None = None  # of an evaluation
     result: Future[RolloutGroup] = field(default_factory=Future)
     engine_id: str = field(default_factory=map(str, itertools.count()).__next__)
     start_s: float = 0.0  # unix time
@@ -154,15 +155,20 @@ class Generator:
         if run is not None:
             threading.Thread(target=self._measure, args=(Gauges(run.name, generator=name),), daemon=True).start()
 
-    async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
+    async def generate(
+        self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int, sampling: SamplingConfig | None = None
+    ) -> RolloutGroup:
         """One completion for each seed, all sampled under one version, which is `min_version` or later.
+
+        sampling: of an evaluation, instead of the training's; such a group is begun when no group of the training
+        waits.
 
         Waits while the generator has an older version; raises TimeoutError when none is published in time. Raises
         ValueError for a request that the engine cannot serve as it is (too long, say); EngineDeadError when the engine
         failed. A caller that is cancelled takes its group out of the engine.
         """
         await self._reach_version(min_version)
-        group = _Group(ticket=ticket, prompt=prompt, seeds=list(seeds))
+        group = _Group(ticket=ticket, prompt=prompt, seeds=list(seeds), sampling=sampling)
         try:
             return await self._worker.ask(group)
         except asyncio.CancelledError:
@@ -260,6 +266,7 @@ class EngineThread:
         self._to_weights = to_weights
         self._running: dict[str, _Group] = {}
         self._waiting: deque[_Group] = deque()
+        self._evaluating: deque[_Group] = deque()  # wait until none of the others does
         self._updates: deque[_Update] = deque()
         self._num_groups = 0
         self._num_tokens = 0
@@ -281,7 +288,7 @@ class EngineThread:
             attempt=self.attempt,
             version=self.version,
             groups_running=len(self._running),
-            groups_waiting=len(self._waiting) + waiting_for_version,
+            groups_waiting=len(self._waiting) + len(self._evaluating) + waiting_for_version,
             num_groups=self._num_groups,
             num_tokens=self._num_tokens,
             num_cached_tokens=self._engine.num_cached_tokens,
@@ -301,8 +308,10 @@ class EngineThread:
                 self._receive()
                 if self._updates and not self._running:
                     self._load(self._updates.popleft())
-                while self._waiting and len(self._running) < self._max_groups and not self._updates:
-                    self._begin(self._waiting.popleft())
+                while len(self._running) < self._max_groups and not self._updates:
+                    if not (waiting := self._waiting or self._evaluating):
+                        break
+                    self._begin(waiting.popleft())
                 if self._running:
                     self._advance()
         except Exception as error:
@@ -311,7 +320,7 @@ class EngineThread:
 
     def _receive(self) -> None:
         """Take in all messages; wait for one only where there is nothing else to do."""
-        idle = not (self._running or self._waiting or self._updates)
+        idle = not (self._running or self._waiting or self._evaluating or self._updates)
         while idle or not self.inbox.empty():
             idle = False
             match self.inbox.get():
@@ -320,7 +329,7 @@ class EngineThread:
                 case message if not message.result.set_running_or_notify_cancel():
                     pass  # its caller has gone
                 case _Group() as group:
-                    self._waiting.append(group)
+                    (self._waiting if group.sampling is None else self._evaluating).append(group)
                 case _Update() as update:
                     self._updates.append(update)
                 case _Score() as score:
@@ -331,7 +340,7 @@ class EngineThread:
         if not self._keep_cache:
             self._engine.reset_prefix_cache()
         try:
-            self._engine.add_group(group.engine_id, group.prompt.prompt_ids, group.seeds)
+            self._engine.add_group(group.engine_id, group.prompt.prompt_ids, group.seeds, group.sampling)
         except ValueError as error:
             group.result.set_exception(error)
             return
@@ -371,8 +380,9 @@ class EngineThread:
     def _abort(self, group: _Group) -> None:
         if self._running.pop(group.engine_id, None):
             self._engine.abort_group(group.engine_id)
-        elif group in self._waiting:
-            self._waiting.remove(group)
+        for waiting in (self._waiting, self._evaluating):
+            if group in waiting:
+                waiting.remove(group)
 
     def _load(self, update: _Update) -> None:
         start = time.perf_counter()
@@ -387,6 +397,9 @@ class EngineThread:
             return
         self.attempt, self.version = update.attempt, update.version
         always(attempt=update.attempt)
+        while self._evaluating:  # of an evaluation that was given up: nobody waits for it
+            error = ValueError(f"{self._name} was to evaluate another version than {update.version}")
+            self._evaluating.popleft().result.set_exception(error)
         load_s = time.perf_counter() - start
         logger.info("loaded version %d in %.3f s", update.version, load_s)
         self._busy_s += load_s
@@ -410,7 +423,7 @@ class EngineThread:
     def _die(self, cause: Exception) -> None:
         """Tell all callers, those that still come too, and leave the process."""
         error = cause if isinstance(cause, EngineDeadError) else EngineDeadError(f"{type(cause).__name__}: {cause}")
-        for message in (*self._running.values(), *self._waiting, *self._updates):
+        for message in (*self._running.values(), *self._waiting, *self._evaluating, *self._updates):
             message.result.set_exception(error)
         threading.Timer(EXIT_DELAY_S, os._exit, args=(1,)).start()
         while True:

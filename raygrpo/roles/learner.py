@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.checkpoint import CheckpointStore, RunState
-from raygrpo.config import ModelConfig, RunConfig
+from raygrpo.config import TRAINING_REWARD, ModelConfig, RunConfig
 from raygrpo.logs import about, always, open_log
 from raygrpo.lora import add_adapters, merge, split_adapters
 from raygrpo.stream import iterate_groups
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from raygrpo.engines.deepspeed import DeepSpeedEngine
+    from raygrpo.roles.controller import PublishReport
     from raygrpo.roles.link import RayLink, RunLink
     from raygrpo.shared_prefix.cost import ModelShape
 
@@ -145,6 +146,7 @@ class Learner:
         self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
         self._failed_checkpoints = 0  # since the last step was reported
         self._generator_failures = 0  # that earlier steps reported
+        self._evaluations_failed = 0  # the same
         self._rank = dist.get_rank()
         self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
         self._last_publish: Interval = (0.0, 0.0)
@@ -222,7 +224,7 @@ class Learner:
             self._committing = self._background.submit(self._commit, state, failure)
 
     def _commit(self, state: RunState, failure: str | None) -> None:
-        failure = failure or _attempt_io(lambda: self._checkpoints.commit(state))
+        failure = failure or _attempt_io(lambda: self._checkpoints.commit(state, self._scores(state.step)))
         if failure is not None:
             self._checkpoints.abandon(state.step)
             self._failed_checkpoints += 1
@@ -347,29 +349,51 @@ class Learner:
             if self._unreported is not None:
                 step, metrics, times = self._unreported
                 end_s = max(report.end_s, times.learn[1]) if self._config.max_staleness == 0 else times.learn[1]
-                published = (times.learn[1], report.end_s)
+                evaluated = report.evaluated
+                published = (max(times.learn[1], evaluated[1]) if evaluated else times.learn[1], report.end_s)
                 # Where generating goes on meanwhile, most of a publish falls into the next step.
-                metrics = metrics | times.metrics([self._last_publish, published], self._step_start_s, end_s)
+                publishes = [self._last_publish, published]
+                metrics = metrics | times.metrics(publishes, self._evaluations_in(report), self._step_start_s, end_s)
                 self._last_publish = published
                 metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
                 metrics["faults/generator_failures"] = float(report.generator_failures - self._generator_failures)
+                if self._config.evaluates:
+                    metrics["faults/evaluations_failed"] = float(report.evaluations_failed - self._evaluations_failed)
                 metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
                 self._failed_checkpoints = 0
                 metrics["run/attempt"] = float(self._attempt)
                 self._link.log_step(step, metrics)
                 self._step_start_s = end_s
                 self._generator_failures = report.generator_failures
+                self._evaluations_failed = report.evaluations_failed
             else:
                 self._step_start_s = report.end_s
         self._unreported = None
 
+    def _evaluations_in(self, report: PublishReport) -> list[Interval] | None:
+        """When policies were evaluated during the step that the report ends; None in a run that evaluates none."""
+        if not self._config.evaluates:
+            return None
+        return [report.evaluated] if report.evaluated else []
+
+    def _scores(self, before_step: int) -> dict[int, float] | None:
+        """What ranks the checkpoints of earlier steps, where that is an evaluation: it is over by the next publish."""
+        best_by = self._config.checkpoint.best_by
+        if best_by == TRAINING_REWARD:
+            return None
+        evaluations = self._link.evaluations()
+        return {v: metrics[best_by] for v, metrics in evaluations.items() if v < before_step and best_by in metrics}
+
     def finish(self) -> None:
-        """Write the trained policy as a Hugging Face model; all ranks call it."""
+        """Write the trained policy as a Hugging Face model, and wait for its evaluation; all ranks call it."""
         self._finish_commit()
         state = {name: tensor.cpu().clone() for name, tensor in self._engine.named_weights() if self._rank == 0}
         if self._rank == 0:
             export_policy(self._policy, state, self._config.model, self._export_dir)
+            self._link.learners_do("waiting for the last evaluation")
+            self._link.evaluated()
+            self._checkpoints.rank(self._scores(self._config.num_steps + 1))
 
 
 def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, ModelShape]:
@@ -453,13 +477,18 @@ class _StepTimes:
     generate: list[Interval]
     score: list[Interval]
 
-    def metrics(self, publish: list[Interval], start_s: float, end_s: float) -> StepMetrics:
+    def metrics(
+        self, publish: list[Interval], evaluate: list[Interval] | None, start_s: float, end_s: float
+    ) -> StepMetrics:
+        """evaluate: None where the run has no evaluations."""
         stages = {
             "generate": self.generate,
             "reward": self.score,
             "learn": [self.learn],
             "publish": publish,
         }
+        if evaluate is not None:
+            stages["evaluate"] = evaluate
         timing = stage_seconds(stages, start_s, end_s)
         timing["dispatch"] = max(0.0, min(start for start, _ in self.generate) - start_s)
         timing["deliver"] = max(0.0, self.wait[1] - max(end for _, end in self.score))

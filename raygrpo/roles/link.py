@@ -42,6 +42,13 @@ class RunLink(Protocol):
     def published(self) -> PublishReport | None:
         """Wait for the acknowledgements of the last `publish`; None where that was reported before."""
 
+    def evaluated(self) -> None:
+        """Wait until no evaluation is under way."""
+
+    def evaluations(self) -> dict[int, StepMetrics]:
+        """What evaluations found so far, by version."""
+        ...
+
     def learners_do(self, what: str) -> None: ...
 
     def log_step(self, step: int, metrics: StepMetrics) -> None: ...
@@ -88,6 +95,17 @@ class RayLink:
         report = ray.get(self._publishing)
         self._publishing = None
         return report
+
+    def evaluated(self) -> None:
+        import ray
+
+        ray.get(self.controller.evaluated.remote())
+
+    def evaluations(self) -> dict[int, StepMetrics]:
+        import ray
+
+        evaluations: Any = ray.get(self.tracker.evaluations.remote())
+        return evaluations
 
     def learners_do(self, what: str) -> None:
         self.controller.learners_do.remote(what)

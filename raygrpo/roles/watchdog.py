@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from raygrpo.config import WatchdogConfig
@@ -25,6 +25,27 @@ class PendingClaim:
     ticket: int
     where: str  # the generator's name, AT_THE_GATE or WITHOUT_GENERATOR
     since_s: float  # time.monotonic()
+    is_evaluation: bool = False
+
+    @property
+    def what(self) -> str:
+        return f"row {self.ticket} of the evaluation" if self.is_evaluation else f"ticket {self.ticket}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Of a generator, while it had a claim's group."""
+
+    reason: str
+    node: str  # of the generator; "" where it is not known
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What is known of a stream's claims, by ticket."""
+
+    claims: dict[int, PendingClaim] = field(default_factory=dict)
+    failures: dict[int, list[Failure]] = field(default_factory=dict)  # so far
 
 
 class Watchdog:
@@ -68,9 +89,9 @@ def stall_report(
     lines = [f"Nothing has moved for {stalled_s:.0f} s: no group finished, nothing was published, no step was trained."]
     lines += ["", state, f"learners: {learners}, for {learners_s:.0f} s", ""]
     lines += [f"claims that have not come back: {len(claims)}"]
-    for claim in sorted(claims, key=lambda claim: claim.ticket):
+    for claim in sorted(claims, key=lambda claim: (claim.is_evaluation, claim.ticket)):
         place = f"waits {claim.where}" if claim.where in (AT_THE_GATE, WITHOUT_GENERATOR) else f"is at {claim.where}"
-        lines.append(f"  ticket {claim.ticket} {place}, for {now_s - claim.since_s:.0f} s")
+        lines.append(f"  {claim.what} {place}, for {now_s - claim.since_s:.0f} s")
     if not claims:
         lines.append("  (none: if the learners wait for groups, look at the reward stage, in Ray's dashboard)")
     lines += ["", "generators:"]

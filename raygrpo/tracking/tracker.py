@@ -1,6 +1,6 @@
 """The Tracker: the only writer of a run's MLflow record.
 
-    training ---- log_step, log_samples ----> journal (local files) ----> writer thread ----> MLflow
+    training ---- log_step, log_samples, ... ----> journal (local files) ----> writer thread ----> MLflow
 
 A call writes to the journal and returns. The writer thread connects, delivers in order, and on any failure waits and
 connects again; it also draws the reward curve. A tracker that starts in the directory of an earlier one (a resume, an
@@ -25,7 +25,7 @@ from raygrpo.config import RunConfig
 from raygrpo.logs import about, open_log
 from raygrpo.tracking.figures import draw_reward_curve
 from raygrpo.tracking.journal import Journal, Record
-from raygrpo.tracking.samples import sample_table
+from raygrpo.tracking.samples import evaluation_table, sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
 from raygrpo.tracking.traces import choose_groups, group_trace
 from raygrpo.tracking.writer import Writer
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "tracking.json"  # which MLflow run this directory belongs to
 CONFIG_FILE = "config.yaml"
 FIGURE_FILE = "reward_curve.png"
+EVALUATION_PREFIX = "eval/"  # of the names of an evaluation's metrics
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -179,17 +180,36 @@ class Tracker:
             if item is not None:
                 self._writer.add_item(item)
 
+    def log_evaluation(self, version: int, metrics: StepMetrics, shown: dict[str, list[ScoredGroup]]) -> None:
+        """What an evaluation of the policy after `version` steps found, as points of that step: the step whose rewards
+        the same policy earns on-policy. shown: by set, the groups whose completions become a table."""
+        self._writer.add_record(Record(int(version), _now_ms(), {name: float(v) for name, v in metrics.items()}))
+        for name, groups in shown.items():
+            own = self._config.eval.sets[name].functions if self._config.eval else None
+            components = [function.metric_name for function in own or self._config.reward.functions]
+            item = evaluation_table(version, name, groups, components)
+            if item is not None:
+                self._writer.add_item(item)
+
     def log_artifact(self, path: str, artifact_path: str | None = None) -> None:
         """Copy a local file to the run's artifacts (folder `artifact_path`); it must stay until it is delivered."""
         self._writer.add_item({"kind": "artifact", "path": str(Path(path).absolute()), "artifact_path": artifact_path})
 
     def history(self, first_step: int = 0) -> dict[int, StepMetrics]:
         """The metrics by step, in order, from `first_step` on; where a resume trained a step again, its last values."""
-        history: dict[int, StepMetrics] = {}
+        return self._values(first_step, of_evaluations=False)
+
+    def evaluations(self, first_version: int = 0) -> dict[int, StepMetrics]:
+        """The same of `log_evaluation`, by version."""
+        return self._values(first_version, of_evaluations=True)
+
+    def _values(self, first_step: int, *, of_evaluations: bool) -> dict[int, StepMetrics]:
+        values: dict[int, StepMetrics] = {}
         for record in self._writer.snapshot():
-            if record.step >= first_step:
-                history[record.step] = history.get(record.step, {}) | record.metrics
-        return dict(sorted(history.items()))
+            chosen = {n: v for n, v in record.metrics.items() if n.startswith(EVALUATION_PREFIX) == of_evaluations}
+            if record.step >= first_step and chosen:
+                values[record.step] = values.get(record.step, {}) | chosen
+        return dict(sorted(values.items()))
 
     def warnings(self, first: int = 0) -> list[str]:
         """What was logged as a warning or worse, from number `first` on: an actor's log does not reach every user."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raygrpo.eval_config import EvalSamplingConfig
 from raygrpo.types import Rollout
 from tests.tiny_models import tiny_model
 
@@ -88,6 +89,32 @@ def test_top_k_top_p_and_min_p_shape_the_distribution_and_its_logprobs(start_eng
             assert token_id in expected
             assert abs(math.log(expected[token_id]) - logprob) < TOLERANCE
     assert num_cut > 0
+
+
+@both_engines
+def test_a_group_may_have_sampling_of_its_own_beside_others(start_engine, engine_name):
+    """As evaluations have. Temperature 0: each token is the most likely one, whatever the seed."""
+    engine, path = start_engine(engine_name)
+    model = load(path)
+    alone = sample(engine, {"plain": (PROMPT, [1, 2, 3])})["plain"]
+    engine.add_group("plain", PROMPT, [1, 2, 3])
+    engine.add_group("greedy", OTHER_PROMPT, [4, 5], EvalSamplingConfig(max_tokens=9))
+    cut = EvalSamplingConfig(max_tokens=40, temperature=0.9, top_p=0.8, top_k=12, min_p=0.05)
+    engine.add_group("cut", PROMPT, [6, 7], cut)
+    groups = collect(engine, {"plain": 3, "greedy": 2, "cut": 2})
+    assert [r.completion_ids for r in groups["plain"]] == [r.completion_ids for r in alone]
+    for rollout in groups["greedy"]:
+        logits = reference_logits(model, OTHER_PROMPT, rollout.completion_ids)
+        assert rollout.completion_ids == logits.argmax(-1).tolist() and len(rollout.completion_ids) <= 9
+        assert logprob_error(model, OTHER_PROMPT, rollout) < TOLERANCE
+    for rollout in groups["cut"]:
+        for logits, token_id in zip(
+            reference_logits(model, PROMPT, rollout.completion_ids), rollout.completion_ids, strict=True
+        ):
+            assert token_id in truncated(logits, temperature=0.9, top_p=0.8, top_k=12, min_p=0.05)
+    assert max(len(r.completion_ids) for r in groups["plain"]) <= 24
+    with pytest.raises(ValueError, match="do not fit into 256 tokens"):
+        engine.add_group("long", PROMPT, [1], EvalSamplingConfig(max_tokens=200))
 
 
 def truncated(logits: torch.Tensor, *, temperature: float, top_p: float, top_k: int, min_p: float) -> dict[int, float]:

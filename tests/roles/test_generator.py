@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.engines.sampling import EngineDeadError
+from raygrpo.eval_config import EvalSamplingConfig
 from raygrpo.roles.generator import Generator
 from raygrpo.types import Prompt, RolloutGroup
 from raygrpo.weights import PackedWeights, pack
@@ -124,6 +125,48 @@ def test_a_generator_never_has_more_groups_in_its_engine_than_max_groups(paths):
             seen.add((await generator.status()).groups_running)
             await asyncio.sleep(0.001)
         assert max(seen) == 2
+
+    asyncio.run(main())
+
+
+def test_groups_of_an_evaluation_are_begun_when_none_of_the_training_waits(paths):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_groups=1, max_tokens=20))
+        greedy = EvalSamplingConfig(max_tokens=20)
+        order: list[int] = []
+
+        async def generate(ticket: int, sampling: EvalSamplingConfig | None) -> RolloutGroup:
+            group = await generator.generate(ticket, PROMPT, [ticket], 0, sampling)
+            order.append(ticket)
+            return group
+
+        running = asyncio.create_task(generate(0, None))
+        while (await generator.status()).groups_running < 1:
+            await asyncio.sleep(0.001)
+        evaluating = [asyncio.create_task(generate(ticket, greedy)) for ticket in (10, 11)]
+        await asyncio.sleep(0)
+        training = [asyncio.create_task(generate(ticket, None)) for ticket in (1, 2)]
+        first, second = await asyncio.gather(*evaluating)
+        await asyncio.gather(running, *training)
+        assert order == [0, 1, 2, 10, 11]
+        assert tokens(first) == tokens(second), "greedy, whatever the seed"
+
+    asyncio.run(main())
+
+
+def test_groups_of_an_evaluation_that_was_given_up_are_not_sampled_by_another_version(paths, packed):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_groups=1, max_tokens=40))
+        running = asyncio.create_task(generator.generate(0, PROMPT, [1], 0))
+        while (await generator.status()).groups_running < 1:
+            await asyncio.sleep(0.001)
+        late = asyncio.create_task(generator.generate(10, PROMPT, [1], 0, EvalSamplingConfig(max_tokens=20)))
+        while (await generator.status()).groups_waiting < 1:
+            await asyncio.sleep(0.001)
+        await generator.load_weights(1, packed[1])
+        with pytest.raises(ValueError, match="was to evaluate another version than 1"):
+            await late
+        assert (await running).policy_version == 0
 
     asyncio.run(main())
 
