@@ -255,6 +255,7 @@ class RolloutController:
             pending.where = WITHOUT_GENERATOR
         if self._claims.get(ticket) is not pending:
             return _fenced(row)
+        pending.node = self._pool.nodes.get(name, "")
         with about(group=ticket):
             logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
@@ -287,7 +288,7 @@ class RolloutController:
             return
         if ticket not in self._claims or self._claims[ticket].where != generator_name:
             return  # it was claimed anew meanwhile
-        del self._claims[ticket]
+        node = self._claims.pop(ticket).node
         self._pool.give_back(generator_name)
         if generator_error is None:
             self._watchdog.progress()
@@ -296,8 +297,7 @@ class RolloutController:
         with about(group=ticket):
             self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
         if begun:
-            failure = _Failure(f"{generator_name}: {error}", self._pool.nodes.get(generator_name, ""))
-            self._failures.setdefault(ticket, []).append(failure)
+            self._failures.setdefault(ticket, []).append(_Failure(f"{generator_name}: {error}", node))
         self._pool.quarantine(generator_name, restart=restart)
 
     async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool, bool]]) -> None:
