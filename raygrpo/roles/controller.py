@@ -301,6 +301,7 @@ class RolloutController:
             pending.where = WITHOUT_GENERATOR
         if ledger.claims.get(ticket) is not pending:
             return _fenced(ticket)
+        pending.node = self._pool.nodes.get(name, "")
         with about(group=ticket):
             logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
@@ -340,8 +341,7 @@ class RolloutController:
         with about(group=ticket):
             self._warn(f"{pending.what} failed on {generator_name}, and goes to another generator: {generator_error}")
         if begun:
-            node = self._pool.nodes.get(generator_name, "")
-            failure = Failure(f"{generator_name}: {generator_error}", node)
+            failure = Failure(f"{generator_name}: {generator_error}", pending.node)
             ledger.failures.setdefault(ticket, []).append(failure)
         self._pool.quarantine(generator_name, restart=restart)
 

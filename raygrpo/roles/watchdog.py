@@ -25,6 +25,7 @@ class PendingClaim:
     ticket: int
     where: str  # the generator's name, AT_THE_GATE or WITHOUT_GENERATOR
     since_s: float  # time.monotonic()
+    node: str = ""  # of the generator
     is_evaluation: bool = False
 
     @property
