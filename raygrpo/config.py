@@ -319,6 +319,10 @@ class TrackingConfig(Section):
     """Longest wait, at the end of a run, for an MLflow server that does not answer; the rest stays in the run's
     directory for later."""
 
+    def shows_samples(self, step: int) -> bool:
+        """Whether it is this step's turn (samples_every)."""
+        return self.samples_every > 0 and step % self.samples_every == 0
+
 
 class RunConfig(Section):
     name: str

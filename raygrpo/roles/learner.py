@@ -250,7 +250,7 @@ class Learner:
             if not self._is_checked:
                 self._check_generators(metrics)
             self._rewards.append(metrics["reward/mean"])
-            if self._rank == 0:
+            if self._rank == 0 and self._config.tracking.shows_samples(step):
                 self._link.log_samples(step, groups, advantages)
             times = _StepTimes(
                 wait=(wait_start_s, learn_start_s),

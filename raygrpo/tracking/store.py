@@ -7,6 +7,7 @@ the first connection (it takes seconds), in the tracker's thread.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.config import RunConfig
 from raygrpo.tracking.describe import dataset_facts, description, flatten, provenance_tags
 from raygrpo.tracking.journal import Item, Record
+from raygrpo.tracking.points import Points
 from raygrpo.tracking.traces import deliver_trace
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ def without_password(uri: str) -> str:
     return re.sub(r"(://[^/:@]*):[^@/]*@", r"\1:***@", uri)
 
 
+@functools.lru_cache(maxsize=1000)
 def metric_name(name: str) -> str:
     """The name as MLflow takes it: other characters become "_", and what it would read as a path is flattened."""
     name = re.sub(r"[^\w./ :-]", "_", name)
@@ -106,8 +109,7 @@ class MlflowRun:
     links: dict[str, str]
     resume_command: str | None
     experiment_id: str = field(default="", init=False)
-    # What the store has: metric name -> step -> (time in ms, value).
-    points: dict[str, dict[int, tuple[int, float]]] = field(default_factory=dict, init=False)
+    _points: Points = field(default_factory=Points, init=False)  # what the store has
     _client: MlflowClient | None = field(default=None, init=False)
     _repeated: set[int] = field(default_factory=set, init=False)
     _told: str = field(default="", init=False)
@@ -139,7 +141,10 @@ class MlflowRun:
             self._described = False
         self.run_id = run.info.run_id
         self.experiment_id = run.info.experiment_id
-        self.points = {name: self._read_points(name) for name in run.data.metrics}
+        self._points = Points()
+        for name in run.data.metrics:
+            for point in self.client.get_metric_history(self._id, name):
+                self._points.add(name, point.step, point.timestamp)
         if not self._described:
             self._describe(run)
             self._described = True
@@ -150,19 +155,34 @@ class MlflowRun:
 
         missing: list[Metric] = []
         for record in records:
-            for name, value in record.metrics.items():
-                if not math.isfinite(value):  # would ruin the chart's axes; the journal has it
-                    continue
-                name = metric_name(name)
-                known = self.points.setdefault(name, {})
-                if record.step not in known:
-                    known[record.step] = (record.time_ms, value)
+            for name, value in self._finite(record):
+                known_ms = self._points.time_ms(name, record.step)
+                if known_ms is None:
+                    self._points.add(name, record.step, record.time_ms)
                     missing.append(Metric(name, value, record.time_ms, record.step))
-                elif known[record.step][0] != record.time_ms:
+                elif known_ms != record.time_ms:
                     self._repeated.add(record.step)
         for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
             self.client.log_batch(self._id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
         self._tell_repeated()
+
+    def lacks(self, record: Record) -> bool:
+        """Whether `log_metrics` would have something to do with it."""
+        return any(self._points.time_ms(name, record.step) != record.time_ms for name, _ in self._finite(record))
+
+    def read_history(self) -> list[Record]:
+        """All points of the store, by step."""
+        steps: dict[int, Record] = {}
+        for name in self.client.get_run(self._id).data.metrics:
+            for point in self.client.get_metric_history(self._id, name):
+                record = steps.setdefault(point.step, Record(point.step, point.timestamp, {}))
+                record.metrics[name] = point.value
+        return [steps[step] for step in sorted(steps)]
+
+    @staticmethod
+    def _finite(record: Record) -> list[tuple[str, float]]:
+        """The record's points. Values that are not finite would ruin a chart's axes; the journal has them."""
+        return [(metric_name(name), value) for name, value in record.metrics.items() if math.isfinite(value)]
 
     def deliver(self, item: Item) -> None:
         """One spooled item. Delivering it again does no harm."""
@@ -226,9 +246,6 @@ class MlflowRun:
             self.run_id = None
         found = self.client.search_runs([self.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self.run_key}'", max_results=1)
         return found[0] if found else None
-
-    def _read_points(self, name: str) -> dict[int, tuple[int, float]]:
-        return {point.step: (point.timestamp, point.value) for point in self.client.get_metric_history(self._id, name)}
 
     def _describe(self, run: Run) -> None:
         """Parameters, tags and description: what a person wants to know of the run, and how to continue it."""

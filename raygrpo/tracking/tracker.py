@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from raygrpo.config import RunConfig
-from raygrpo.tracking.figures import draw_reward_curve
+from raygrpo.tracking.figures import RewardCurve
 from raygrpo.tracking.journal import Journal, Record
 from raygrpo.tracking.samples import sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
@@ -92,8 +92,9 @@ class Tracker:
             links=identity.get("links", {}) if links is None else links,
             resume_command=resume_command or identity.get("resume_command"),
         )
-        self._writer = Writer(run, Journal(self._run_dir), on_connect=self._write_identity)
-        self._resumed = run.run_id is not None or bool(self._writer.records)
+        self._curve = RewardCurve(config.name)
+        self._writer = Writer(run, Journal(self._run_dir), self._write_identity, self._curve.add)
+        self._resumed = run.run_id is not None or len(self._curve) > 0
         self._write_identity()
 
     # What the training calls.
@@ -157,7 +158,7 @@ class Tracker:
         advantages: for each group one list with a value per rollout.
         """
         tracking = self._config.tracking
-        if tracking.samples_every == 0 or step % tracking.samples_every:
+        if not tracking.shows_samples(step):
             return
         functions = self._config.reward.functions
         components = {function.metric_name: function.weight for function in functions}
@@ -179,9 +180,8 @@ class Tracker:
     def history(self, first_step: int = 0) -> dict[int, StepMetrics]:
         """The metrics by step, in order, from `first_step` on; where a resume trained a step again, its last values."""
         history: dict[int, StepMetrics] = {}
-        for record in self._writer.snapshot():
-            if record.step >= first_step:
-                history[record.step] = history.get(record.step, {}) | record.metrics
+        for record in self._writer.records(first_step):
+            history[record.step] = history.get(record.step, {}) | record.metrics
         return dict(sorted(history.items()))
 
     def warnings(self, first: int = 0) -> list[str]:
@@ -229,7 +229,7 @@ class Tracker:
 
     def _draw(self) -> None:
         try:
-            drawn = draw_reward_curve(self.history(), self._config.name, self._figure_path)
+            drawn = self._curve.draw(self._figure_path)
         except Exception:  # a picture is never worth a run
             logger.exception("the reward curve cannot be drawn")
             return
