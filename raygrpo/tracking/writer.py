@@ -194,8 +194,9 @@ class Writer:
     def _review(self) -> int:
         """Remember all of the journal; returns how many records it has."""
         number = 0
-        for number, record in enumerate(self._journal.records(), start=1):
+        for record in self._journal.records():
             self._remember(record)
+            number += 1
         return number
 
     def _remember(self, record: Record) -> None:

@@ -80,7 +80,8 @@ def configure(first_run: FirstRun, tmp_path: Path, request: pytest.FixtureReques
 
 
 def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answer: Any = "42") -> ScoredGroup:
-    """A group whose completion i has the components rewards[i] (weights 1 and 0.2) and i + 1 tokens."""
+    """A group whose completion i has the components rewards[i] (weights 1 and 0.2), i + 1 tokens, half a second more
+    than the one before, and a rationale of the first component."""
     prompt = Prompt(prompt_id=100 + ticket, prompt_ids=[1] * 30, text=f"Question {ticket}?", answer=answer)
     rollouts = [
         Rollout(
@@ -88,6 +89,7 @@ def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answ
             behaviour_logprobs=[-0.5] * (i + 1),
             finish_reason="stop",
             text=f"completion {i}",
+            end_s=1001.0 + ticket + 0.5 * i,
         )
         for i in range(len(rewards))
     ]
@@ -101,7 +103,9 @@ def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answ
         generate_end_s=1002.5 + ticket,
         error=error,
     )
-    scored = [Reward(total=r[0] + 0.2 * r[1], components=r) for r in rewards]
+    scored = [
+        Reward(total=r[0] + 0.2 * r[1], components=r, rationales=[f"extracted {i}", ""]) for i, r in enumerate(rewards)
+    ]
     return ScoredGroup(group=group, rewards=scored, score_start_s=1002.5 + ticket, score_end_s=1003.0 + ticket)
 
 

@@ -145,11 +145,15 @@ def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
     completions = sorted((s for s in best.data.spans if s.parent_id == root.span_id), key=lambda span: span.name)
     assert [span.outputs["completion"] for span in completions] == [f"completion {i}" for i in range(4)]
     for i, span in enumerate(completions):
-        assert (span.start_time_ns, span.end_time_ns) == (1_008_000_000_000, 1_010_500_000_000)
+        assert (span.start_time_ns, span.end_time_ns) == (1_008_000_000_000, 1_009_000_000_000 + i * 500_000_000)
         assert span.get_attribute("mlflow.chat.tokenUsage")["output_tokens"] == i + 1
         assert (span.get_attribute("advantage"), span.get_attribute("mean_logprob")) == (ADVANTAGES[i], -0.5)
         scores = {s.name: s.outputs["score"] for s in best.data.spans if s.parent_id == span.span_id}
         assert scores == dict(zip(WEIGHTS, REWARDS[i], strict=True))
+        (said,) = [
+            s.outputs["rationale"] for s in best.data.spans if s.parent_id == span.span_id and "rationale" in s.outputs
+        ]
+        assert said == f"extracted {i}"
     assert len(best.data.spans) == 1 + 4 * (1 + 2)
 
     feedback = [a for a in best.info.assessments if a.feedback is not None]
@@ -157,6 +161,9 @@ def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
     for i, span in enumerate(completions):
         values = {a.name: a.feedback.value for a in feedback if a.span_id == span.span_id}
         assert values == {"exact_match": REWARDS[i][0], "format": REWARDS[i][1], "reward": totals[i]}
+        said = {a.name: a.rationale for a in feedback if a.span_id == span.span_id}
+        assert said["exact_match"] == f"completion {i}: extracted {i} (counts 1 x)"
+        assert said["format"] == f"completion {i}: format gave {REWARDS[i][1]:g} (counts 0.2 x)"
     (expectation,) = [a for a in best.info.assessments if a.expectation is not None]
     assert (expectation.name, expectation.expectation.value) == ("answer", "42")
 
