@@ -24,6 +24,7 @@ from raygrpo.train import (
     EXPORT_DIR,
     RunResult,
     Watcher,
+    exported_policy,
     latest_run_directory,
     new_run_directory,
     worker_environment,
@@ -88,7 +89,7 @@ def train_locally(
         raise
     finally:
         history = tracker.history()
-        links = tracker.finish(status, summarise(history).as_dict())
+        links = tracker.finish(status, summarise(history).as_dict(), exported_policy(run_dir, status))
     return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
 
 
@@ -168,6 +169,9 @@ class LocalRun:
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         self._tracker.log_samples(step, groups, advantages)
+
+    def log_checkpoint(self, step: int, path: str, digest: str, mean_reward: float, kept: list[int]) -> None:
+        self._tracker.log_checkpoint(step, path, digest, mean_reward, kept)
 
     def warn(self, text: str) -> None:
         self._watcher.on_warning(text)

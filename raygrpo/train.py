@@ -97,7 +97,8 @@ def train(
             raise
         finally:
             history: Any = ray.get(tracker.history.remote())
-            links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict()))
+            policy = exported_policy(run_dir, status)
+            links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict(), policy))
             for actor in (*generators.values(), controller, tracker):
                 ray.kill(actor)  # on a cluster that goes on after us
     return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
@@ -118,6 +119,11 @@ def new_run_directory(config: RunConfig) -> Path:
     latest.unlink(missing_ok=True)
     latest.symlink_to(run_dir.name)
     return run_dir
+
+
+def exported_policy(run_dir: Path, status: str) -> str | None:
+    """Where a run that ended with this status left the trained policy; None where it did not get so far."""
+    return str(run_dir / EXPORT_DIR) if status == "FINISHED" else None
 
 
 def latest_run_directory(config: RunConfig) -> Path:
@@ -192,6 +198,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> Any:
     import ray
 
+    from raygrpo.roles.nodes import NodeMetrics
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(
@@ -204,7 +211,7 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
         # cannot use: half of the process after some hundred steps.
         runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
     )
-    tracker = actor.remote(config, str(run_dir), resume_command=resume_command)
+    tracker = actor.remote(config, str(run_dir), resume_command=resume_command, machines=NodeMetrics())
     ray.get(tracker.start.remote())
     return tracker
 

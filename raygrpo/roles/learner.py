@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raygrpo.checkpoint import CheckpointStore, RunState
+from raygrpo.checkpoint import Checkpoint, CheckpointStore, RunState
 from raygrpo.config import ModelConfig, RunConfig
 from raygrpo.lora import add_adapters, merge, split_adapters
 from raygrpo.stream import iterate_groups
@@ -208,11 +208,16 @@ class Learner:
             self._committing = self._background.submit(self._commit, state, failure)
 
     def _commit(self, state: RunState, failure: str | None) -> None:
-        failure = failure or _attempt_io(lambda: self._checkpoints.commit(state))
+        failure = failure or _attempt_io(lambda: self._show(self._checkpoints.commit(state)))
         if failure is not None:
             self._checkpoints.abandon(state.step)
             self._failed_checkpoints += 1
             self._link.warn(f"the checkpoint of step {state.step} was not written: {failure}")
+
+    def _show(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        path, kept = str(checkpoint.directory), self._checkpoints.steps()
+        self._link.log_checkpoint(state.step, path, checkpoint.digest, state.mean_reward, kept)
 
     def _finish_commit(self) -> None:
         """Wait until the last checkpoint is whole, or given up."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raygrpo.tracking.journal import Record
+from raygrpo.types import StepMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +86,7 @@ class RewardCurve:
 
 def is_eval_reward(metric: str) -> bool:
     """Whether it is the mean reward of an evaluation, which belongs into the picture of the reward."""
-    return metric.startswith("eval/") and metric.endswith("/reward_mean")
+    return metric.startswith("eval/") and metric.endswith("/reward")
 
 
 def _figure(
@@ -133,6 +134,28 @@ def _figure(
         _tidy(axes, grid=axes is not clipped)
     length.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def draw_comparison(runs: dict[str, dict[int, StepMetrics]], metric: str, path: Path) -> None:
+    """One metric of several runs (name -> metrics by step), smoothed, to `path` (PNG)."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colors = colormaps["turbo"](np.linspace(0.08, 0.92, len(runs)))
+    for color, (name, history) in zip(colors, runs.items(), strict=True):
+        steps = np.array([step for step, metrics in history.items() if metric in metrics])
+        values = np.array([history[step][metric] for step in steps])
+        axes.plot(steps, values, color=color, alpha=0.2, lw=1)
+        axes.plot(steps, smooth(values, max(5, len(steps) // 12)), color=color, lw=2, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel(metric)
+    axes.legend(loc="best", frameon=False, fontsize=8)
+    _tidy(axes, grid=True)
+    figure.savefig(path)
 
 
 def _tidy(axes: Axes, *, grid: bool) -> None:

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.config import RunConfig
 from raygrpo.tracking.describe import dataset_facts, description, flatten, provenance_tags
 from raygrpo.tracking.journal import Item, Record
+from raygrpo.tracking.models import deliver_checkpoint, deliver_policy, find_checkpoint
 from raygrpo.tracking.points import Points
 from raygrpo.tracking.traces import deliver_trace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +54,20 @@ def resolve_tracking_uri(config: RunConfig) -> str:
 
     Paths are made absolute. Raises ValueError for a store of plain files, which MLflow no longer writes.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return resolve_store(config.tracking.uri, config.output_dir)
+
+
+def resolve_store(uri: str | None, output_dir: str) -> str:
+    """The same without a whole configuration."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        return f"sqlite:///{Path(config.output_dir).expanduser().absolute() / 'mlflow.db'}"
+        return f"sqlite:///{Path(output_dir).expanduser().absolute() / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
     if ("://" not in uri and not uri.startswith("databricks")) or uri.startswith("file:"):
         raise ValueError(
             f"the tracking URI {uri!r} is a directory, which MLflow no longer writes to: set tracking.uri (or "
-            f"MLFLOW_TRACKING_URI) to a database such as sqlite:///{Path(config.output_dir) / 'mlflow.db'}, or to a "
+            f"MLFLOW_TRACKING_URI) to a database such as sqlite:///{Path(output_dir) / 'mlflow.db'}, or to a "
             "server such as http://127.0.0.1:5000"
         )
     return uri
@@ -195,6 +201,15 @@ class MlflowRun:
                 self._deliver_table(item["artifact_file"], item["columns"], item["data"])
             case "trace":
                 deliver_trace(self.client, self.experiment_id, self._id, item)
+            case "checkpoint":
+                model = deliver_checkpoint(self.client, self.experiment_id, self._id, item)
+                self._log_scores(model, item)
+            case "scores":
+                model = find_checkpoint(self.client, self.experiment_id, self._id, item)
+                if model is not None:
+                    self._log_scores(model, item)
+            case "policy":
+                deliver_policy(self.client, self.experiment_id, self._id, item)
             case "status" if item["end_time_ms"] is None:
                 self.client.update_run(self._id, status=item["status"])
             case "status":
@@ -266,6 +281,8 @@ class MlflowRun:
             self.client.log_batch(self._id, params=new[start : start + MAX_PARAMS_PER_BATCH])
         self._describe_data()
         tags = provenance_tags() | self.tags
+        if self.config.tracking.parent_run:
+            tags["mlflow.parentRunId"] = self.config.tracking.parent_run
         tags["mlflow.note.content"] = description(self.config, self.run_dir, self.links, self.resume_command)
         tags = {key[:MAX_KEY]: _truncated(str(value), MAX_TAG_VALUE) for key, value in tags.items()}
         self.client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -294,6 +311,18 @@ class MlflowRun:
             while len(json.dumps(tables)) > MAX_TAG_VALUE:  # MLflow would cut the tag in the middle; the files stay
                 tables.pop(0)
             self.client.set_tag(self._id, TABLES_TAG, json.dumps(tables))
+
+    def _log_scores(self, model: LoggedModel, item: Item) -> None:
+        """Points of the run are the model's as well. Those of a step trained again are not: the run keeps the first."""
+        from mlflow.entities import Metric
+
+        points, step = [], item["step"]
+        for name, (value, time_ms) in item["metrics"].items():
+            name = metric_name(name)
+            if self._points.time_ms(name, step) in (None, time_ms) and math.isfinite(value):
+                self._points.add(name, step, time_ms)
+                points.append(Metric(name, value, time_ms, step, model_id=model.model_id, run_id=self._id))
+        self.client.log_batch(self._id, metrics=points)
 
     def _tell_repeated(self) -> None:
         """Steps trained again after a resume: MLflow cannot replace a point, and two at a step are worse than one."""

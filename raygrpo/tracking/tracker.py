@@ -15,6 +15,7 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ import yaml
 from raygrpo.config import RunConfig
 from raygrpo.tracking.figures import RewardCurve
 from raygrpo.tracking.journal import Journal, Record
+from raygrpo.tracking.machine import machine_metrics
+from raygrpo.tracking.models import MEAN_REWARD, TimedMetrics, checkpoint_item, policy_item, scores_item
 from raygrpo.tracking.samples import sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
 from raygrpo.tracking.traces import choose_groups, group_trace
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "tracking.json"  # which MLflow run this directory belongs to
 CONFIG_FILE = "config.yaml"
 FIGURE_FILE = "reward_curve.png"
+EVALUATED = "eval/"  # begins the names of what an evaluation found of the policy after as many steps
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -58,7 +62,7 @@ class Tracker:
 
     run_dir: the run's own directory, the same one when the run is resumed. run_id: an MLflow run to continue; by
     default the one that run_dir belongs to, if any. tags, links (title -> address) and resume_command stand on the
-    run's page.
+    run's page. machines: what the machines of the run are doing, asked at each step.
     Raises ValueError for a tracking URI that cannot work.
     """
 
@@ -71,9 +75,11 @@ class Tracker:
         tags: dict[str, str] | None = None,
         links: dict[str, str] | None = None,
         resume_command: str | None = None,
+        machines: Callable[[], StepMetrics] = machine_metrics,
     ) -> None:
         self._config = config
         self._run_dir = Path(run_dir).expanduser().absolute()
+        self._machines = machines
         self._non_finite: set[str] = set()
         self._warnings = _Warnings()
         logging.getLogger(__package__).addHandler(self._warnings)
@@ -110,7 +116,7 @@ class Tracker:
         if self._resumed:
             self._writer.add_item({"kind": "status", "status": "RUNNING", "end_time_ms": None})
         if self._config.tracking.system_metrics:
-            _system_metrics()  # the first call starts the first step's averages
+            self._machines()  # the first call starts the first step's averages
         return self.links(wait_s)
 
     def links(self, wait_s: float = 0.0) -> Links:
@@ -146,8 +152,11 @@ class Tracker:
                 )
             self._non_finite.update(non_finite)
         if self._config.tracking.system_metrics:
-            values |= _system_metrics()
-        self._writer.add_record(Record(int(step), _now_ms(), values))
+            values |= self._machines()
+        record = Record(int(step), _now_ms(), values)
+        self._writer.add_record(record)
+        if scores := _evaluated(record):
+            self._writer.add_item(scores_item(self._run_dir.name, record.step, scores))
         every = self._config.tracking.figure_every
         if every and step % every == 0 and "reward/mean" in values:
             self._writer.add_chore(self._draw)
@@ -173,6 +182,21 @@ class Tracker:
             if item is not None:
                 self._writer.add_item(item)
 
+    def log_checkpoint(self, step: int, path: str, digest: str, mean_reward: float, kept: list[int]) -> None:
+        """A checkpoint is whole: show it as a model, with what was evaluated of it.
+
+        step: steps that it has trained. mean_reward: over the steps since the one before; NaN: not known. kept: the
+        steps of all checkpoints on disk, this one among them.
+        """
+        metrics = {MEAN_REWARD: (mean_reward, _now_ms())} if math.isfinite(mean_reward) else {}
+        for record in self._writer.records(step):
+            metrics |= _evaluated(record) if record.step == step else {}
+        self._writer.add_item(checkpoint_item(self._run_dir.name, step, path, digest, metrics, kept))
+
+    def log_table(self, file: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table (JSON values) among the run's artifacts, as `mlflow.load_table(file)` reads it."""
+        self._writer.add_item({"kind": "table", "artifact_file": file, "columns": columns, "data": rows})
+
     def log_artifact(self, path: str, artifact_path: str | None = None) -> None:
         """Copy a local file to the run's artifacts (folder `artifact_path`); it must stay until it is delivered."""
         self._writer.add_item({"kind": "artifact", "path": str(Path(path).absolute()), "artifact_path": artifact_path})
@@ -188,11 +212,14 @@ class Tracker:
         """What was logged as a warning or worse, from number `first` on: an actor's log does not reach every user."""
         return self._warnings.texts[first:]
 
-    def finish(self, status: Status = "FINISHED", summary: dict[str, Any] | None = None) -> Links:
+    def finish(
+        self, status: Status = "FINISHED", summary: dict[str, Any] | None = None, policy: str | None = None
+    ) -> Links:
         """Draw the final figure, deliver everything and end the run; waits at most `tracking.finish_timeout_s`.
 
-        `summary` (JSON values) becomes the artifact summary.json. What could not be delivered stays, and the log says
-        how to deliver it later.
+        `summary` (JSON values) becomes the artifact summary.json. policy: directory of the trained policy, which is
+        registered where `tracking.register_model` names what as; that it cannot be is said, and no failure of the run.
+        What could not be delivered stays, and the log says how to deliver it later.
         """
         if summary is not None:
             self._writer.add_item(
@@ -200,6 +227,8 @@ class Tracker:
             )
         self._draw()
         self._writer.add_item({"kind": "status", "status": status, "end_time_ms": _now_ms()})
+        if policy is not None and (register := self._config.tracking.register_model):
+            self._writer.add_item(policy_item(self._run_dir.name, self._config.num_steps, policy, register))
         timeout_s = self._config.tracking.finish_timeout_s
         if not self._writer.close(timeout_s):
             logger.warning(
@@ -281,6 +310,14 @@ def replay(run_dir: str, timeout_s: float = 600.0) -> Links:
     return tracker.links()
 
 
+def read_history(run_dir: str) -> dict[int, StepMetrics]:
+    """The metrics of a run by step, from its directory, without MLflow; empty where there is none."""
+    history: dict[int, StepMetrics] = {}
+    for record in Journal(Path(run_dir).expanduser().absolute()).records():
+        history[record.step] = history.get(record.step, {}) | record.metrics
+    return dict(sorted(history.items()))
+
+
 class _Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -292,17 +329,8 @@ class _Warnings(logging.Handler):
             logging.lastResort.handle(record)  # to stderr, as if this handler were not there
 
 
-def _system_metrics() -> StepMetrics:
-    """Of the tracker's machine, CPU as the mean since the last call; names as MLflow's own, for their tab in its UI."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/disk_usage_percentage": psutil.disk_usage(os.sep).percent,
-    }
+def _evaluated(record: Record) -> TimedMetrics:
+    return {name: (value, record.time_ms) for name, value in record.metrics.items() if name.startswith(EVALUATED)}
 
 
 def _now_ms() -> int:

@@ -24,6 +24,14 @@ CLOSING_PAUSE_S = 1.0  # the same, while somebody waits for the end
 NUM_RECENT = 32  # records in memory; whoever follows a run asks for the last ones
 REMIND_S = 300.0  # between reminders that it still does not
 NEVER_ACCEPTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # MLflow's codes for what no repetition helps
+# Of models, which older and foreign servers do not know, and which a registry may refuse: a run goes on without them.
+MODELS_NEVER_ACCEPTED = (
+    "ENDPOINT_NOT_FOUND",
+    "FEATURE_DISABLED",
+    "NOT_IMPLEMENTED",
+    "PERMISSION_DENIED",
+    "RESOURCE_DOES_NOT_EXIST",
+)
 
 
 class Writer:
@@ -251,9 +259,10 @@ def _never_accepted(item: Item, error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return getattr(error, "error_code", "") in NEVER_ACCEPTED
+        codes = NEVER_ACCEPTED + MODELS_NEVER_ACCEPTED * (item["kind"] in ("checkpoint", "scores", "policy"))
+        return getattr(error, "error_code", "") in codes
     if isinstance(error, OSError):
-        return item["kind"] == "artifact" and not os.path.exists(item["path"])
+        return item["kind"] in ("artifact", "policy") and not os.path.exists(item["path"])
     if isinstance(error, json.JSONDecodeError):  # what a proxy answers when the server is away
         return False
     return isinstance(error, ValueError | TypeError | KeyError | NotImplementedError)

@@ -214,7 +214,7 @@ def test_the_figure_has_the_last_values_of_a_step_and_the_evaluations(tmp_path: 
     again = Record(3, 99, {"reward/mean": 0.9, "reward/std": 0.1})
     once = picture("once.png", *steps)
     assert picture("again.png", *steps, again) == picture("last.png", *steps[:3], again, *steps[4:]) != once
-    assert picture("eval.png", *steps, Record(5, 7, {"eval/held_out/reward_mean": 0.4})) != once
+    assert picture("eval.png", *steps, Record(5, 7, {"eval/held_out/reward": 0.4})) != once
 
 
 def test_importing_the_tracker_is_light() -> None:

@@ -1,0 +1,52 @@
+"""What one machine is doing: names as MLflow's own, for the System metrics tab of its UI."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from raygrpo.types import StepMetrics
+
+PREFIX = "system/"
+
+
+def machine_metrics() -> StepMetrics:
+    """CPU as the mean since this process asked last, memory, disk, and NVIDIA GPUs where there are some."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    metrics = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_usage_percentage": psutil.disk_usage(os.sep).percent,
+    }
+    return {PREFIX + name: value for name, value in (metrics | _gpu_metrics()).items()}
+
+
+def of_node(metrics: StepMetrics, node: str) -> StepMetrics:
+    """The same under the name of a node, as MLflow writes it where a run has several."""
+    return {f"{PREFIX}{node}/{name.removeprefix(PREFIX)}": value for name, value in metrics.items()}
+
+
+def _gpu_metrics() -> StepMetrics:
+    try:
+        import pynvml  # vLLM for CUDA brings it along
+
+        pynvml.nvmlInit()
+    except Exception:  # no such package, no driver, no GPU
+        return {}
+    metrics: StepMetrics = {}
+    try:
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            device: Any = pynvml.nvmlDeviceGetHandleByIndex(i)
+            memory, rates = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetUtilizationRates(device)
+            metrics[f"gpu_{i}_utilization_percentage"] = float(rates.gpu)
+            metrics[f"gpu_{i}_memory_usage_megabytes"] = memory.used / 1e6
+            metrics[f"gpu_{i}_memory_usage_percentage"] = 100 * memory.used / memory.total
+            metrics[f"gpu_{i}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(device) / 1e3
+    except pynvml.NVMLError:  # a device that does not tell this, or is gone: what was read stands
+        pass
+    finally:
+        pynvml.nvmlShutdown()
+    return metrics
