@@ -159,6 +159,7 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the newest sweep of this name: finished runs are skipped.")
     ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Each run in one process, as with `raygrpo train`.")] = False,
 ) -> None:
     """Train every combination of some settings, one after another, and compare them.
 
@@ -173,9 +174,10 @@ def sweep(
 
     from raygrpo.sweep import sweep as run
 
-    command = shlex.join(["raygrpo", "sweep", str(config), *overrides, "--resume"])
+    options = ["--local"] * local
+    command = shlex.join(["raygrpo", "sweep", str(config), *overrides, *options, "--resume"])
     try:
-        complete = _or_exit(lambda: run(config, overrides, Console(), resume=resume, command=command))
+        complete = _or_exit(lambda: run(config, overrides, Console(), resume=resume, options=options, command=command))
     except KeyboardInterrupt:
         _fail(f"stopped; go on with: {command}")
     if not complete:
@@ -208,7 +210,7 @@ def ui(
         _fail(f"there is no MLflow store at {database} yet: train first, or name the YAML of a run")
 
     def show(address: str) -> None:
-        typer.echo(f"MLflow shows {without_password(uri)} at {address}")
+        typer.echo(f"MLflow shows {without_password(uri)} at {without_password(address)}")
         if browser:
             open_browser(address)
 

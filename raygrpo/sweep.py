@@ -91,9 +91,17 @@ def combinations(name: str, overrides: Sequence[str]) -> tuple[list[str], list[T
     return fixed, [Trial(name=f"{name}-{i:0{width}d}", overrides=list(some)) for i, some in enumerate(chosen)]
 
 
-def sweep(path: Path, overrides: Sequence[str], console: Console, *, resume: bool = False, command: str = "") -> bool:
+def sweep(
+    path: Path,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    resume: bool = False,
+    options: Sequence[str] = (),
+    command: str = "",
+) -> bool:
     """Train every combination; True if all of them finished. resume: go on with the newest sweep of this name, whose
-    finished runs are skipped. command: what a user would type for that.
+    finished runs are skipped. options: of each `raygrpo train`. command: what a user would type to resume.
 
     Raises ValueError, before anything starts, for settings that are wrong in any combination.
     """
@@ -119,7 +127,9 @@ def sweep(path: Path, overrides: Sequence[str], console: Console, *, resume: boo
             if trial.status == "finished":
                 continue
             console.rule(f"run {place + 1} of {len(trials)}: {' '.join(trial.overrides)}")
-            done = _train(path, [*fixed, *trial.overrides, *own, f"name={trial.name}"], sweep_dir, trial.name)
+            settings = [*fixed, *trial.overrides, *own, f"name={trial.name}"]
+            goes_on = ["--resume"] * (sweep_dir / f"{trial.name}-latest").exists()
+            done = _train([str(path), *settings, *options, *goes_on])
             trials[place] = replace(trial, status="finished" if done else "failed")
         _write_plan(sweep_dir, trials)
         complete = all(trial.status == "finished" for trial in trials)
@@ -159,12 +169,9 @@ def _write_plan(sweep_dir: Path, trials: list[Trial]) -> None:
     os.replace(partial, sweep_dir / PLAN_FILE)
 
 
-def _train(path: Path, overrides: list[str], sweep_dir: Path, name: str) -> bool:
-    """Whether the run came to its end; one that was begun before goes on."""
-    command = [sys.executable, "-m", "raygrpo", "train", str(path), *overrides]
-    if (sweep_dir / f"{name}-latest").exists():
-        command.append("--resume")
-    process = subprocess.Popen(command)
+def _train(arguments: list[str]) -> bool:
+    """Whether the run came to its end."""
+    process = subprocess.Popen([sys.executable, "-m", "raygrpo", "train", *arguments])
     try:
         return process.wait() == 0
     except KeyboardInterrupt:  # the child got it too, and keeps what it has
