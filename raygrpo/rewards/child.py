@@ -101,13 +101,14 @@ async def _answer_async(
 def as_reward(value: Any) -> dict[str, Any]:
     """A finite float, with its rationale, or why it is none. Booleans, NumPy scalars and one-element tensors are
     numbers, texts are not."""
+    number: Any = value
     rationale = getattr(value, "rationale", "")
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
-        value, rationale = value
+        number, rationale = value
     try:
-        if isinstance(value, str | bytes):
+        if isinstance(number, str | bytes):
             raise TypeError
-        number = float(value)
+        number = float(number)
     except (TypeError, ValueError, OverflowError):
         return {"error": f"returned {_shown(value)}, which is no number"}
     if not math.isfinite(number):

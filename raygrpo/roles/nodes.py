@@ -67,6 +67,7 @@ class NodeMetrics:
 
     def _look(self) -> None:
         import ray
+        import ray.exceptions
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         own = ray.get_runtime_context().get_node_id()

@@ -31,7 +31,7 @@ def of_node(metrics: StepMetrics, node: str) -> StepMetrics:
 
 def _gpu_metrics() -> StepMetrics:
     try:
-        import pynvml  # vLLM for CUDA brings it along
+        import pynvml  # type: ignore[import-not-found]  # vLLM for CUDA brings it along
 
         pynvml.nvmlInit()
     except Exception:  # no such package, no driver, no GPU

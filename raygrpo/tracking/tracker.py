@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "tracking.json"  # which MLflow run this directory belongs to
 CONFIG_FILE = "config.yaml"
 FIGURE_FILE = "reward_curve.png"
-EVALUATED = "eval/"  # begins the names of what an evaluation found of the policy after as many steps
+EVALUATION_PREFIX = "eval/"  # of the names of an evaluation's metrics, whose step is the policy's version
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -153,13 +153,15 @@ class Tracker:
             self._non_finite.update(non_finite)
         if self._config.tracking.system_metrics:
             values |= self._machines()
-        record = Record(int(step), _now_ms(), values)
-        self._writer.add_record(record)
-        if scores := _evaluated(record):
-            self._writer.add_item(scores_item(self._run_dir.name, record.step, scores))
+        self._add_record(Record(int(step), _now_ms(), values))
         every = self._config.tracking.figure_every
         if every and step % every == 0 and "reward/mean" in values:
             self._writer.add_chore(self._draw)
+
+    def _add_record(self, record: Record) -> None:
+        self._writer.add_record(record)
+        if scores := _evaluated(record):  # of a checkpoint, perhaps, that is a model already
+            self._writer.add_item(scores_item(self._run_dir.name, record.step, scores))
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         """Show some of the step's rollouts, if it is this step's turn (`tracking.samples_every`).
@@ -330,7 +332,9 @@ class _Warnings(logging.Handler):
 
 
 def _evaluated(record: Record) -> TimedMetrics:
-    return {name: (value, record.time_ms) for name, value in record.metrics.items() if name.startswith(EVALUATED)}
+    return {
+        name: (value, record.time_ms) for name, value in record.metrics.items() if name.startswith(EVALUATION_PREFIX)
+    }
 
 
 def _now_ms() -> int:
