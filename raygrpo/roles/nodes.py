@@ -10,7 +10,7 @@ import logging
 import threading
 from typing import Any
 
-from raygrpo.tracking.machine import machine_metrics, of_node
+from raygrpo.tracking.machine import MachineMetrics, of_node
 from raygrpo.types import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,10 @@ class Sampler:
     """On another node."""
 
     def __init__(self) -> None:
-        machine_metrics()  # from now on it knows what the CPU did since it was asked last
+        self._machine = MachineMetrics()
 
     def sample(self) -> StepMetrics:
-        return machine_metrics()
+        return self._machine()
 
 
 class NodeMetrics:
@@ -37,6 +37,7 @@ class NodeMetrics:
 
     def __init__(self, period_s: float = PERIOD_S):
         self._period_s = period_s
+        self._own = MachineMetrics()
         self._samplers: dict[str, Any] = {}  # node id -> actor
         self._others: dict[str, StepMetrics] = {}  # name of a node -> what it said last
         self._own_name = ""
@@ -46,7 +47,7 @@ class NodeMetrics:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
             self._thread.start()
-        own, others = machine_metrics(), self._others
+        own, others = self._own(), self._others
         if not others:
             return own
         return of_node(own, self._own_name) | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from raygrpo.types import StepMetrics
@@ -10,18 +11,40 @@ from raygrpo.types import StepMetrics
 PREFIX = "system/"
 
 
-def machine_metrics() -> StepMetrics:
-    """CPU as the mean since this process asked last, memory, disk, and NVIDIA GPUs where there are some."""
+class MachineMetrics:
+    """CPU as the mean since the call before, memory, disk, and NVIDIA GPUs where there are some. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cpu = cpu_seconds()
+
+    def __call__(self) -> StepMetrics:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        metrics = {
+            "cpu_utilization_percentage": self._cpu_percentage(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            "disk_usage_percentage": psutil.disk_usage(os.sep).percent,
+        }
+        return {PREFIX + name: value for name, value in (metrics | _gpu_metrics()).items()}
+
+    def _cpu_percentage(self) -> float:
+        """psutil.cpu_percent looks back to the last call in the same thread; an actor is called in several."""
+        with self._lock:
+            before, self._cpu = self._cpu, cpu_seconds()
+            busy, passed = (now - then for now, then in zip(self._cpu, before, strict=True))
+        return min(100.0, max(0.0, 100 * busy / passed)) if passed > 0 else 0.0
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """(busy, all): seconds of all cores since the machine started."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    metrics = {
-        "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_megabytes": memory.used / 1e6,
-        "system_memory_usage_percentage": memory.percent,
-        "disk_usage_percentage": psutil.disk_usage(os.sep).percent,
-    }
-    return {PREFIX + name: value for name, value in (metrics | _gpu_metrics()).items()}
+    times = psutil.cpu_times()
+    passed = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # user and nice hold these
+    return passed - times.idle - getattr(times, "iowait", 0.0), passed
 
 
 def of_node(metrics: StepMetrics, node: str) -> StepMetrics:

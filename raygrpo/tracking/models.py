@@ -2,14 +2,13 @@
 
 A checkpoint is an external model: MLflow knows its path, digest and metrics, and whether it is still on disk; the
 weights stay in the run's directory. Only a policy that is to be registered is copied into the store, so that whoever
-finds it in the registry can download it. A model is found again by its run, name and digest: delivering it twice does
-no harm.
+finds it in the registry can download it. Models are named step-000050 and policy; one is found again by its run, name
+and digest, so that delivering it twice does no harm.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,22 +26,21 @@ MEAN_REWARD = "checkpoint/mean_reward"
 TimedMetrics = dict[str, tuple[float, int]]  # metric -> value, unix time in ms at which it was logged
 
 
-def checkpoint_item(run_name: str, step: int, path: str, digest: str, metrics: TimedMetrics, kept: list[int]) -> Item:
+def checkpoint_item(step: int, path: str, digest: str, metrics: TimedMetrics, kept: list[int]) -> Item:
     """kept: the steps of the checkpoints that are on disk now."""
-    name = _model_name(f"{run_name}-step-{step:06d}")
+    name = f"step-{step:06d}"
     params = {"step": str(step), "path": path, "digest": digest}
     return {"kind": "checkpoint", "name": name, "step": step, "params": params, "metrics": metrics, "kept": kept}
 
 
-def scores_item(run_name: str, step: int, metrics: TimedMetrics) -> Item:
+def scores_item(step: int, metrics: TimedMetrics) -> Item:
     """What an evaluation found of the checkpoint of this step, if there is one."""
-    return {"kind": "scores", "name": _model_name(f"{run_name}-step-{step:06d}"), "step": step, "metrics": metrics}
+    return {"kind": "scores", "name": f"step-{step:06d}", "step": step, "metrics": metrics}
 
 
-def policy_item(run_name: str, num_steps: int, path: str, register: str) -> Item:
+def policy_item(num_steps: int, path: str, register: str) -> Item:
     params = {"step": str(num_steps), "path": path}
-    name = _model_name(f"{run_name}-policy")
-    return {"kind": "policy", "name": name, "path": path, "params": params, "register": register}
+    return {"kind": "policy", "name": "policy", "path": path, "params": params, "register": register}
 
 
 def deliver_checkpoint(client: MlflowClient, experiment_id: str, run_id: str, item: Item) -> LoggedModel:
@@ -95,7 +93,7 @@ def _register(client: MlflowClient, run_id: str, model: LoggedModel, name: str) 
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     version = next((version for version in versions if version.source == source), None)
     if version is None:
-        version = client.create_model_version(name, source, run_id, description=f"trained by {model.name}")
+        version = client.create_model_version(name, source, run_id, description=f"trained by run {run_id}")
     # The link from the model to its version, as mlflow.register_model leaves it.
     link = json.dumps([{"name": name, "version": version.version}])
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
@@ -143,8 +141,3 @@ def _link(client: MlflowClient, run_id: str, model: LoggedModel, step: int) -> N
     outputs = client.get_run(run_id).outputs
     if not outputs or all(output.model_id != model.model_id for output in outputs.model_outputs):
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-
-
-def _model_name(name: str) -> str:
-    """MLflow refuses some characters in the name of a model."""
-    return re.sub(r"""[/:.%"']""", "_", name)

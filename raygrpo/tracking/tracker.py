@@ -25,7 +25,7 @@ import yaml
 from raygrpo.config import RunConfig
 from raygrpo.tracking.figures import RewardCurve
 from raygrpo.tracking.journal import Journal, Record
-from raygrpo.tracking.machine import machine_metrics
+from raygrpo.tracking.machine import MachineMetrics
 from raygrpo.tracking.models import MEAN_REWARD, TimedMetrics, checkpoint_item, policy_item, scores_item
 from raygrpo.tracking.samples import sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
@@ -62,7 +62,8 @@ class Tracker:
 
     run_dir: the run's own directory, the same one when the run is resumed. run_id: an MLflow run to continue; by
     default the one that run_dir belongs to, if any. tags, links (title -> address) and resume_command stand on the
-    run's page. machines: what the machines of the run are doing, asked at each step.
+    run's page. machines: what the machines of the run are doing, asked at each step; by default
+    this machine.
     Raises ValueError for a tracking URI that cannot work.
     """
 
@@ -75,11 +76,11 @@ class Tracker:
         tags: dict[str, str] | None = None,
         links: dict[str, str] | None = None,
         resume_command: str | None = None,
-        machines: Callable[[], StepMetrics] = machine_metrics,
+        machines: Callable[[], StepMetrics] | None = None,
     ) -> None:
         self._config = config
         self._run_dir = Path(run_dir).expanduser().absolute()
-        self._machines = machines
+        self._machines = machines or MachineMetrics()
         self._non_finite: set[str] = set()
         self._warnings = _Warnings()
         logging.getLogger(__package__).addHandler(self._warnings)
@@ -161,7 +162,7 @@ class Tracker:
     def _add_record(self, record: Record) -> None:
         self._writer.add_record(record)
         if scores := _evaluated(record):  # of a checkpoint, perhaps, that is a model already
-            self._writer.add_item(scores_item(self._run_dir.name, record.step, scores))
+            self._writer.add_item(scores_item(record.step, scores))
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         """Show some of the step's rollouts, if it is this step's turn (`tracking.samples_every`).
@@ -193,7 +194,7 @@ class Tracker:
         metrics = {MEAN_REWARD: (mean_reward, _now_ms())} if math.isfinite(mean_reward) else {}
         for record in self._writer.records(step):
             metrics |= _evaluated(record) if record.step == step else {}
-        self._writer.add_item(checkpoint_item(self._run_dir.name, step, path, digest, metrics, kept))
+        self._writer.add_item(checkpoint_item(step, path, digest, metrics, kept))
 
     def log_table(self, file: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table (JSON values) among the run's artifacts, as `mlflow.load_table(file)` reads it."""
@@ -230,7 +231,7 @@ class Tracker:
         self._draw()
         self._writer.add_item({"kind": "status", "status": status, "end_time_ms": _now_ms()})
         if policy is not None and (register := self._config.tracking.register_model):
-            self._writer.add_item(policy_item(self._run_dir.name, self._config.num_steps, policy, register))
+            self._writer.add_item(policy_item(self._config.num_steps, policy, register))
         timeout_s = self._config.tracking.finish_timeout_s
         if not self._writer.close(timeout_s):
             logger.warning(

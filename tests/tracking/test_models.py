@@ -35,7 +35,7 @@ def test_checkpoints_are_models_with_the_run_s_own_points(
         deliver(run, item)
 
     monkeypatch.setattr(MlflowRun, "deliver", deliver_twice)
-    tracker = Tracker(configure(), str(tmp_path / "run.1"))
+    tracker = Tracker(configure(), str(tmp_path / "run"))
     tracker.log_step(2, {"reward/mean": 0.2, "eval/held_out/reward": 0.25})  # before its checkpoint is whole
     tracker.log_checkpoint(2, "/runs/step-000002", "aa", 0.15, [2])
     tracker.log_checkpoint(4, "/runs/step-000004", "bb", math.nan, [2, 4])
@@ -45,18 +45,18 @@ def test_checkpoints_are_models_with_the_run_s_own_points(
     links = tracker.finish()
     found = models(links)
     assert {name: model.tags["raygrpo.on_disk"] for name, model in found.items()} == {
-        "run_1-step-000002": "false",
-        "run_1-step-000004": "true",
-        "run_1-step-000006": "true",
+        "step-000002": "false",
+        "step-000004": "true",
+        "step-000006": "true",
     }
-    second = found["run_1-step-000002"]
+    second = found["step-000002"]
     assert second.params == {"step": "2", "path": "/runs/step-000002", "digest": "aa"}
     assert (second.status, second.model_type) == ("READY", "checkpoint")
     scores = {name: {m.key: m.value for m in model.metrics or []} for name, model in found.items()}
     assert scores == {
-        "run_1-step-000002": {"checkpoint/mean_reward": 0.15, "eval/held_out/reward": 0.25},
-        "run_1-step-000004": {"eval/held_out/reward": 0.5},
-        "run_1-step-000006": {"checkpoint/mean_reward": 0.55},
+        "step-000002": {"checkpoint/mean_reward": 0.15, "eval/held_out/reward": 0.25},
+        "step-000004": {"eval/held_out/reward": 0.5},
+        "step-000006": {"checkpoint/mean_reward": 0.55},
     }
     store = Store(links.tracking_uri)
     assert store.points(links.run_id, "eval/held_out/reward") == [(2, 0.25), (4, 0.5), (5, 0.6)]

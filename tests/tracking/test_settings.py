@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from raygrpo.tracking import Tracker, resolve_tracking_uri
 from raygrpo.tracking.describe import dataset_facts, flatten
 from raygrpo.tracking.figures import RewardCurve, smooth
 from raygrpo.tracking.journal import Record
+from raygrpo.tracking.machine import MachineMetrics
 from raygrpo.tracking.store import metric_name, run_url, ui_command, without_password
 from tests.tracking.conftest import FirstRun, MakeConfig, Store, make_config, make_group
 
@@ -130,6 +132,16 @@ def test_system_metrics(configure: MakeConfig, tmp_path: Path, wanted: bool) -> 
         assert 1.0 < values["system/cpu_utilization_percentage"] <= 100.0
         assert values["system/system_memory_usage_megabytes"] > 100.0
         assert 0.0 < values["system/system_memory_usage_percentage"] <= 100.0
+
+
+def test_the_cpu_is_measured_whichever_thread_asks() -> None:
+    machine = MachineMetrics()
+    for _ in range(3):
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            sum(range(1000))
+        with ThreadPoolExecutor(1) as thread:  # a new one each time
+            assert 1.0 < thread.submit(machine).result()["system/cpu_utilization_percentage"] <= 100.0
 
 
 def test_experiment(configure: MakeConfig, tmp_path: Path) -> None:
