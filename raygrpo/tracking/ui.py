@@ -37,7 +37,8 @@ def serve(uri: str, port: int | None, on_ready: Callable[[str], None]) -> None:
     port = port or _free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ
+    # Without the processes for jobs of MLflow's own (judges, scheduled scorers), of which there are seven.
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ
     server = subprocess.Popen(
         [*command, "--backend-store-uri", uri],
         env=environment,
