@@ -207,8 +207,8 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
         max_task_retries=-1,
-        # glibc gives each of its threads a heap of its own, in which pictures and tables leave holes that others
-        # cannot use: half of the process after some hundred steps.
+        # glibc gives each of its threads a heap of its own, in which pictures and tables leave holes that the others
+        # cannot use: the process would grow for hundreds of steps.
         runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
     )
     tracker = actor.remote(config, str(run_dir), resume_command=resume_command, machines=NodeMetrics())

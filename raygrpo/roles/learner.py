@@ -208,16 +208,15 @@ class Learner:
             self._committing = self._background.submit(self._commit, state, failure)
 
     def _commit(self, state: RunState, failure: str | None) -> None:
-        failure = failure or _attempt_io(lambda: self._show(self._checkpoints.commit(state)))
+        whole: list[Checkpoint] = []
+        failure = failure or _attempt_io(lambda: whole.append(self._checkpoints.commit(state)))
         if failure is not None:
             self._checkpoints.abandon(state.step)
             self._failed_checkpoints += 1
             self._link.warn(f"the checkpoint of step {state.step} was not written: {failure}")
-
-    def _show(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        path, kept = str(checkpoint.directory), self._checkpoints.steps()
-        self._link.log_checkpoint(state.step, path, checkpoint.digest, state.mean_reward, kept)
+        for checkpoint in whole:
+            path, kept = str(checkpoint.directory), self._checkpoints.steps()
+            self._link.log_checkpoint(state.step, path, checkpoint.digest, state.mean_reward, kept)
 
     def _finish_commit(self) -> None:
         """Wait until the last checkpoint is whole, or given up."""

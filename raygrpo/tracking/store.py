@@ -177,13 +177,13 @@ class MlflowRun:
         return any(self._points.time_ms(name, record.step) != record.time_ms for name, _ in self._finite(record))
 
     def read_history(self) -> list[Record]:
-        """All points of the store, by step."""
-        steps: dict[int, Record] = {}
+        """All points of the store, as they were logged, by step."""
+        records: dict[tuple[int, int], Record] = {}
         for name in self.client.get_run(self._id).data.metrics:
             for point in self.client.get_metric_history(self._id, name):
-                record = steps.setdefault(point.step, Record(point.step, point.timestamp, {}))
-                record.metrics[name] = point.value
-        return [steps[step] for step in sorted(steps)]
+                place = (point.step, point.timestamp)
+                records.setdefault(place, Record(*place, {})).metrics[name] = point.value
+        return [records[place] for place in sorted(records)]
 
     @staticmethod
     def _finite(record: Record) -> list[tuple[str, float]]:

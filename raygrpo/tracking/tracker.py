@@ -62,8 +62,8 @@ class Tracker:
 
     run_dir: the run's own directory, the same one when the run is resumed. run_id: an MLflow run to continue; by
     default the one that run_dir belongs to, if any. tags, links (title -> address) and resume_command stand on the
-    run's page. machines: what the machines of the run are doing, asked at each step; by default
-    this machine.
+    run's page. machines: what the machines of the run are doing, asked at each step; by default this one is
+    looked at.
     Raises ValueError for a tracking URI that cannot work.
     """
 

@@ -193,8 +193,8 @@ class Writer:
         the run has points (a run_id was given), the history begins with those."""
         if self._compared_with == self.run.run_id:
             return
-        if self._adopt:
-            self._journal.prepend(self.run.read_history())
+        if self._adopt and (history := self.run.read_history()):
+            self._journal.prepend(history)
             self._review()
         self._pending = deque(record for record in self._journal.records() if self.run.lacks(record))
         self._adopt, self._num_uncompared, self._compared_with = False, 0, self.run.run_id
