@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raygrpo.config import RunConfig
+from raygrpo.tracking.store import MlflowRun
 from raygrpo.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup
 
 FIRST_RUN = """
@@ -77,6 +78,18 @@ def configure(first_run: FirstRun, tmp_path: Path, request: pytest.FixtureReques
         return make_config(tmp_path, tracking=store | overrides.pop("tracking", {}), **overrides)
 
     return configured
+
+
+@pytest.fixture
+def delivered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but metrics reaches MLflow twice, as after a lost acknowledgement."""
+    deliver = MlflowRun.deliver
+
+    def deliver_twice(run: MlflowRun, item: dict[str, Any]) -> None:
+        deliver(run, item)
+        deliver(run, item)
+
+    monkeypatch.setattr(MlflowRun, "deliver", deliver_twice)
 
 
 def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answer: Any = "42") -> ScoredGroup:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from raygrpo.tracking import Tracker
-from raygrpo.tracking.store import MlflowRun
 from tests.tracking.conftest import MakeConfig, Store
 
 
@@ -25,16 +24,8 @@ def models(links: Any) -> dict[str, Any]:
     return {model.name: model for model in found}
 
 
-def test_checkpoints_are_models_with_the_run_s_own_points(
-    configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deliver = MlflowRun.deliver
-
-    def deliver_twice(run: MlflowRun, item: dict) -> None:  # as after a lost acknowledgement
-        deliver(run, item)
-        deliver(run, item)
-
-    monkeypatch.setattr(MlflowRun, "deliver", deliver_twice)
+@pytest.mark.usefixtures("delivered_twice")
+def test_checkpoints_are_models_with_the_run_s_own_points(configure: MakeConfig, tmp_path: Path) -> None:
     tracker = Tracker(configure(), str(tmp_path / "run"))
     tracker.log_step(2, {"reward/mean": 0.2, "eval/held_out/reward": 0.25})  # before its checkpoint is whole
     tracker.log_checkpoint(2, "/runs/step-000002", "aa", 0.15, [2])

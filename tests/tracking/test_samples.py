@@ -11,7 +11,6 @@ import pytest
 
 from raygrpo.tracking import Tracker
 from raygrpo.tracking.samples import sample_table
-from raygrpo.tracking.store import MlflowRun
 from raygrpo.tracking.traces import choose_groups, group_trace
 from raygrpo.types import Reward
 from tests.tracking.conftest import MakeConfig, Store, make_group
@@ -113,16 +112,8 @@ def find_traces(store: Store, links) -> list:
     return list(store.client.search_traces(locations=[experiment], run_id=links.run_id))
 
 
-def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
-    configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deliver = MlflowRun.deliver
-
-    def deliver_twice(run: MlflowRun, item: dict) -> None:  # as after a lost acknowledgement
-        deliver(run, item)
-        deliver(run, item)
-
-    monkeypatch.setattr(MlflowRun, "deliver", deliver_twice)
+@pytest.mark.usefixtures("delivered_twice")
+def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(configure: MakeConfig, tmp_path: Path) -> None:
     tracker = Tracker(configure(tracking={"num_traces": 2}), str(tmp_path / "run"))
     tracker.log_samples(4, [make_group(8, REWARDS), make_group(9, [], error="engine died")], [ADVANTAGES, []])
     links = tracker.finish()
