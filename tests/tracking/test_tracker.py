@@ -209,6 +209,9 @@ def test_what_finish_could_not_deliver_is_delivered_later(
         tracker = Tracker(configure(tracking={"finish_timeout_s": 0.2}), str(tmp_path / "run"), tags={"job": "j"})
         tracker.start()
         log_steps(tracker, range(6))
+        deadline = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < deadline:  # a figure comes before the first attempt
+            time.sleep(0.01)
         began, before_ms = time.monotonic(), time.time() * 1000
         links = tracker.finish("FAILED", summary={"a": 1})
         assert time.monotonic() - began < 10  # 0.2 s of waiting and the figure, not the 30 s between attempts
