@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "sweep.json"
 FIGURE_FILE = "sweep.png"
+OWN_KEYS = ("name", "output_dir", "tracking.uri", "tracking.parent_run")
 START_TIMEOUT_S = 120.0  # for MLflow to answer, without which the runs could not be nested
 COLUMNS = ["run", "status", "reward first", "reward last", "reward best", "s per step", "tokens/s"]
 
@@ -70,7 +71,7 @@ def split_values(text: str) -> list[str]:
 def combinations(name: str, overrides: Sequence[str]) -> tuple[list[str], list[Trial]]:
     """(settings with one value, a trial for each combination of those with several; the last key varies fastest).
 
-    Raises ValueError where nothing is swept, a value is empty, or a key stands twice.
+    Raises ValueError where nothing is swept, a value is empty, or a key stands twice or is the sweep's own.
     """
     fixed, swept = [], {}
     for override in overrides:
@@ -80,6 +81,8 @@ def combinations(name: str, overrides: Sequence[str]) -> tuple[list[str], list[T
             fixed.append(override)
         elif not all(value.strip() for value in values):
             raise ValueError(f"{override!r} has an empty value; an empty text is '' in quotes")
+        elif key in OWN_KEYS:
+            raise ValueError(f"{key} cannot be swept: the sweep gives each run its own place and name")
         elif key in swept:
             raise ValueError(f"{key} is swept twice")
         else:
@@ -121,7 +124,8 @@ def sweep(
                 f"MLflow at {links.tracking_uri} does not answer: runs could not be nested under the sweep's"
             )
         own = [f"output_dir={json.dumps(str(sweep_dir))}", f"tracking.parent_run={links.run_id}"]
-        own += [f"tracking.uri={json.dumps(links.tracking_uri)}"]
+        if config.tracking.uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+            own.append(f"tracking.uri={json.dumps(links.tracking_uri)}")  # by default a run's lies in its output_dir
         for place, trial in enumerate(trials):
             _write_plan(sweep_dir, trials)
             if trial.status == "finished":

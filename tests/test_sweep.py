@@ -62,6 +62,7 @@ def test_every_combination_is_a_trial_and_the_last_key_varies_fastest() -> None:
         (["seed=1"], "nothing is swept: give a setting several values, for example seed=0,1,2"),
         (["seed=1,,2"], "'seed=1,,2' has an empty value"),
         (["seed=1,2", "seed=3,4"], "seed is swept twice"),
+        (["name=a,b"], "name cannot be swept"),
         (["num_steps=1,no"], "num_steps"),
         (["sed=1,2"], "did you mean 'seed'"),
     ],
