@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.summary import summarise
 from raygrpo.train import latest_run_directory, new_run_directory
 from raygrpo.types import StepMetrics
