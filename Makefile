@@ -4,6 +4,7 @@
 #   make test              the test suite      make test-slow: what takes longer
 #   make chaos             trainings in which processes are killed at random (ARGS="--runs 20 --seed 1")
 #   make soak              300 steps of a tiny model; fails if memory, file descriptors or processes grow (some minutes)
+#   make cluster-local     a Ray cluster of three nodes on this machine, and the quickstart as a job on it
 # PIP_ARGS goes to pip: see "Install" in README.md for machines whose index serves torch for CUDA only.
 
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install quickstart smollm2 test test-slow chaos soak lint
+.PHONY: install quickstart smollm2 test test-slow chaos soak cluster-local lint
 
 install: .venv/installed
 
@@ -50,5 +51,8 @@ chaos: install
 soak: install
 	$(BIN)/python -m tests.soak $(ARGS)
 
+cluster-local: install
+	$(BIN)/python cluster/local.py $(ARGS)
+
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines benchmarks && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines benchmarks cluster && $(BIN)/pyright

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import psutil
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -15,8 +18,10 @@ from rich.text import Text
 
 from raygrpo.config import RunConfig
 from raygrpo.console import print_preset
+from raygrpo.placement import missing_nodes, one_machine_problems
 from raygrpo.prepare import PreparedRun, prepare, required_resources
 from raygrpo.rewards import RewardCheck, check_rewards
+from raygrpo.sizing import GIB, ModelSize, RoleMemory, memory, misfits, object_store_bytes
 
 NUM_SHOWN_PROMPTS = 2
 NUM_REWARD_SAMPLES = 16
@@ -40,7 +45,13 @@ def check(config: RunConfig, config_dir: str | Path, console: Console | None = N
     console.print(_reward_table(rewards))
     console.print(_batch_table(batch_algebra(prepared)))
     console.print(_resource_table(config))
+    size = ModelSize.of(prepared.model, config.model.lora, trust_remote_code=config.model.trust_remote_code)
+    needs = memory(config, size, int(prepared.prompts.num_prompt_tokens.max()))
+    console.print(_memory_table(needs, size, object_store_bytes(config, size)))
     print_preset(config.algorithm, console)
+    if not os.environ.get("RAY_ADDRESS"):  # it is this machine that must hold everything
+        for misfit in misfits(needs, gpu_bytes=gpu_memory(), host_bytes=psutil.virtual_memory().total):
+            console.print(f"warning: {misfit}", style="yellow", highlight=False, markup=False)
     for problem in problems:
         console.print(f"problem: {problem}", style="red", highlight=False, markup=False)
     if not problems:
@@ -97,16 +108,50 @@ def available_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
+def gpu_memory() -> float | None:
+    """Bytes of this machine's smallest GPU, or None without one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    return min((float(line) * 2**20 for line in listing.stdout.split()), default=None)
+
+
 def resource_problems(config: RunConfig) -> list[str]:
-    """What this machine lacks, where the run would start its own Ray on it."""
+    """What this machine lacks, where the run would start its own Ray on it; else what the cluster at RAY_ADDRESS
+    lacks now (an autoscaler may still bring it)."""
     if os.environ.get("RAY_ADDRESS"):
-        return []
+        return missing_nodes(config, cluster_nodes())
     needed, there = required_resources(config).num_gpus, available_gpus()
-    if needed <= there:
-        return []
-    return [
-        f"the run asks for {needed:g} GPUs, this machine has {there}: set RAY_ADDRESS to a cluster, or lower num_gpus"
-    ]
+    problems = one_machine_problems(config)
+    if needed > there:
+        problems.append(
+            f"the run asks for {needed:g} GPUs, this machine has {there}: set RAY_ADDRESS to a cluster, or lower "
+            "num_gpus"
+        )
+    return problems
+
+
+def cluster_nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster at RAY_ADDRESS. Raises ValueError when that does not answer."""
+    import ray
+    import ray.exceptions
+
+    address = os.environ["RAY_ADDRESS"]
+    if address.startswith("http"):
+        raise ValueError(
+            f"RAY_ADDRESS ({address}) is a dashboard's; a run takes that of the cluster, HOST:6379 or auto"
+        )
+    connected = not ray.is_initialized()
+    try:
+        if connected:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return ray.nodes()
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ValueError(f"no Ray cluster answers at RAY_ADDRESS ({address}): {error}") from None
+    finally:
+        if connected:
+            ray.shutdown()
 
 
 def _prompt_panels(prepared: PreparedRun) -> Group:
@@ -159,4 +204,25 @@ def _resource_table(config: RunConfig) -> Table:
     needed = required_resources(config)
     table.add_row("asked for", "", f"{needed.num_cpus:g}", f"{needed.num_gpus:g}", style="bold")
     table.add_row("on this machine", "", str(os.cpu_count()), str(available_gpus()), style="bold")
+    return table
+
+
+def _memory_table(needs: list[RoleMemory], size: ModelSize, store_bytes: float) -> Table:
+    title = f"Memory of a process, estimated (P = {size.num_parameters:,}"
+    title += f", T = {size.num_trained:,} trained" if size.num_trained < size.num_parameters else ", all trained"
+    table = Table(title=title + ")", title_justify="left")
+    for column in ("role", "part", "GiB", "because"):
+        table.add_column(column, justify="right" if column == "GiB" else "left")
+    for need in needs:
+        where = {"GPU": need.device, "host": need.host} if need.num_gpus else {"host": (*need.host, *need.device)}
+        for place, parts in where.items():
+            for part in parts:
+                when = "" if part.when == "always" else f" ({part.when})"
+                table.add_row("", part.name + when, f"{part.num_bytes / GIB:.2f}", part.why)
+            most = need.device_peak if place == "GPU" else need.host_peak
+            count = f"{need.num_processes} x {need.role}"
+            table.add_row(count, f"most at a time, {place}", f"{most / GIB:.2f}", "", style="bold")
+    table.add_row(
+        "node", "object store", f"{store_bytes / GIB:.2f}", "two published versions, where learners or generators run"
+    )
     return table

@@ -11,8 +11,10 @@ import typer
 
 if TYPE_CHECKING:
     from raygrpo.config import RunConfig
+    from raygrpo.jobs.client import RayJobs
 
 Result = TypeVar("Result")
+INTERRUPTED = 130  # exit status of what Ctrl-C ended
 
 app = typer.Typer(
     help="GRPO post-training on Ray: vLLM generators, verifiable rewards, shared-prefix DeepSpeed learners.",
@@ -35,6 +37,15 @@ OverridesArgument = Annotated[
         show_default=False,
     ),
 ]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard, http://HOST:8265; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or a Ray on "
+        "this machine.",
+        show_default=False,
+    ),
+]
+JobArgument = Annotated[str, typer.Argument(help="As `raygrpo submit` printed it.", show_default=False)]
 
 
 @app.command()
@@ -65,12 +76,16 @@ def train(
     from rich.console import Console
 
     from raygrpo.console import print_preset, show_progress
+    from raygrpo.jobs.driver import current_job, require_lasting_paths
     from raygrpo.prepare import prepare
     from raygrpo.summary import print_summary
 
     start_s = time.monotonic()
     settings = _load(config, overrides)
+    _or_exit(lambda: require_lasting_paths(settings))
+    job = current_job()
     command = shlex.join(["raygrpo", "train", str(config), *(overrides or []), *["--local"] * local, "--resume"])
+    command = (job and job.resume_command) or command
     prepared = _or_exit(lambda: prepare(settings, config.parent))
     screen = Console(stderr=True)
     print_preset(settings.algorithm, screen)
@@ -224,6 +239,94 @@ def ui(
         _fail(str(error))
 
 
+@app.command()
+def submit(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    address: AddressOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this name, from its newest checkpoint.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or leave it.")] = True,
+) -> None:
+    """Run `raygrpo train CONFIG` as a job on a Ray cluster, and follow it.
+
+    What git would commit of the project travels; data and models that git ignores do not, and are named by paths that
+    the cluster's nodes read. Ctrl-C stops the job; twice leaves it to itself. A cluster with token authentication takes
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+
+    Example: raygrpo submit my_run.yaml --address http://HOST:8265 output_dir=/shared/runs seed=1
+    """
+    from raygrpo.jobs.client import RayJobs, plan
+
+    submission = _or_exit(lambda: plan(config, overrides or [], address, resume=resume))
+    jobs = _or_exit(lambda: RayJobs(address))
+    job_id = _or_exit(lambda: jobs.submit(submission, lambda text: typer.echo(text, err=True)))
+    typer.echo(f"job {job_id}: {jobs.page(job_id)}", err=True)
+    if not wait:
+        return
+    try:
+        _follow(jobs, job_id)
+    finally:
+        submission.remove_probe()
+
+
+@app.command()
+def status(job: JobArgument, address: AddressOption = None) -> None:
+    """How a job stands, and the last line of its log.
+
+    Example: raygrpo status raygrpo_0123456789ab --address http://HOST:8265
+    """
+    from raygrpo.jobs.client import RayJobs, describe
+
+    jobs = _or_exit(lambda: RayJobs(address))
+    typer.echo(_or_exit(lambda: describe(jobs, job)))
+
+
+@app.command()
+def logs(
+    job: JobArgument,
+    address: AddressOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on to the job's end; Ctrl-C leaves it running.")
+    ] = False,
+) -> None:
+    """What a job has printed.
+
+    Example: raygrpo logs raygrpo_0123456789ab --follow
+    """
+    from rich.console import Console
+
+    from raygrpo.console import show_log
+    from raygrpo.jobs.client import RayJobs
+
+    jobs = _or_exit(lambda: RayJobs(address))
+    if not follow:
+        typer.echo(_or_exit(lambda: jobs.log(job)), nl=False)
+        return
+    _or_exit(lambda: jobs.info(job))
+    with show_log(Console()) as show:
+        _or_exit(lambda: jobs.follow(job, show))
+
+
+@app.command()
+def stop(job: JobArgument, address: AddressOption = None) -> None:
+    """End a job, which can be resumed from its newest checkpoint.
+
+    Example: raygrpo stop raygrpo_0123456789ab --address http://HOST:8265
+    """
+    from raygrpo.jobs.client import STOP_LIMIT_S, RayJobs
+
+    jobs = _or_exit(lambda: RayJobs(address))
+    if not _or_exit(lambda: jobs.stop(job)):
+        typer.echo(f"job {job} had ended: {_or_exit(lambda: jobs.info(job)).status.value}")
+        return
+    info = _or_exit(lambda: jobs.wait_until_ended(job, STOP_LIMIT_S))
+    if not info.status.is_terminal():
+        _fail(f"job {job} was asked to stop and is still {info.status.value} after {STOP_LIMIT_S:g} s")
+    typer.echo(f"job {job}: {info.status.value}")
+
+
 @bench.command("shared-prefix")
 def bench_shared_prefix(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
@@ -256,6 +359,35 @@ def bench_pipeline(
     from raygrpo.bench.pipeline import main as run
 
     run(json=json, quick=quick)
+
+
+def _follow(jobs: RayJobs, job_id: str) -> None:
+    """Show a submitted job's log until it has ended, and end with the job's own success. Ctrl-C stops the job."""
+    from rich.console import Console
+
+    from raygrpo.console import show_log
+    from raygrpo.jobs.client import failure
+
+    interrupted = False
+    with show_log(Console()) as show:
+        try:
+            _or_exit(lambda: jobs.follow(job_id, show))
+        except KeyboardInterrupt:
+            interrupted = True
+            show(f"stopping job {job_id}; Ctrl-C again leaves it to itself")
+            try:
+                _or_exit(lambda: jobs.stop(job_id))
+                _or_exit(lambda: jobs.follow(job_id, show))
+            except KeyboardInterrupt:
+                show(f"left to itself; see `raygrpo status {job_id}`")
+    info = _or_exit(lambda: jobs.info(job_id))
+    typer.echo(f"job {job_id}: {info.status.value}", err=True)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if reason := failure(info):
+        _fail(reason)
+    if info.status != "SUCCEEDED":
+        raise typer.Exit(1)
 
 
 def _load(config: Path, overrides: list[str] | None) -> RunConfig:

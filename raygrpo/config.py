@@ -20,7 +20,8 @@ from pydantic import (
 
 from raygrpo.algorithm_config import AlgorithmConfig
 from raygrpo.imports import is_object_name
-from raygrpo.section import NonNegativeFloat, NonNegativeInt, Probability, Section, merge
+from raygrpo.section import LabelSelector, NonNegativeFloat, NonNegativeInt, Probability, Section, merge
+from raygrpo.types import LogLevel
 
 
 class LoraConfig(Section):
@@ -123,6 +124,9 @@ class RewardConfig(Section):
     """Processes that score, each one group at a time."""
     num_cpus: NonNegativeFloat = 0.1
     """CPUs that Ray reserves for each scoring process."""
+    label_selector: LabelSelector = {}
+    """Labels of the nodes for the stream's stages, e.g. {raygrpo-role: reward}: the processes that score, and those
+    that wait for generators."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> RewardConfig:
@@ -173,6 +177,9 @@ class GeneratorConfig(Section):
     """CPUs that Ray reserves for each generator."""
     num_gpus: NonNegativeFloat = 0.0
     """GPUs for each generator."""
+    label_selector: LabelSelector = {}
+    """Labels of the nodes for generators, as Ray's label selectors take them: label -> `a`, `!a`, `in(a, b)` or
+    `!in(a, b)`, e.g. {raygrpo-role: generator}; null: any node."""
     num_threads: PositiveInt | None = None
     """Threads of the engine's CPU kernels; null: the machine's cores, shared evenly among num_actors generators."""
     vllm: dict[str, Any] = {}
@@ -248,6 +255,8 @@ class LearnerConfig(Section):
     """CPUs that Ray reserves for each learner."""
     num_gpus: NonNegativeFloat = 0.0
     """GPUs for each learner."""
+    label_selector: LabelSelector = {}
+    """Labels of the nodes for learners, e.g. {raygrpo-role: learner}."""
     num_threads: PositiveInt | None = None
     """Threads of a learner's CPU kernels; null: the machine's cores, shared evenly among learners."""
     deepspeed: dict[str, Any] = Field(default={"zero_optimization": {"stage": 1}})
@@ -351,6 +360,8 @@ class RunConfig(Section):
     otherwise. Slower; needs max_staleness 0."""
     output_dir: str = "runs"
     """Where runs are written, each in a directory of its own (relative to the current directory)."""
+    log_level: LogLevel = "info"
+    """Least serious lines in the run's logs/*.jsonl; info tells of every group, debug more of it."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig

@@ -8,14 +8,17 @@ bit, as those of a distributed run with one learner.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RunConfig
 from raygrpo.data import sample_seed
+from raygrpo.logs import about
 from raygrpo.lora import AdapterMerger
 from raygrpo.prepare import PreparedRun
 from raygrpo.summary import summarise
@@ -24,9 +27,11 @@ from raygrpo.train import (
     EXPORT_DIR,
     RunResult,
     Watcher,
+    driver_log,
     exported_policy,
     latest_run_directory,
     new_run_directory,
+    run_info,
     worker_environment,
 )
 from raygrpo.types import RolloutGroup, ScoredGroup, StepMetrics
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
     from raygrpo.roles.controller import PublishReport
     from raygrpo.tracking import Tracker
     from raygrpo.weights import PackedWeights
+
+logger = logging.getLogger(__name__)
 
 GENERATOR = "local"
 
@@ -52,6 +59,12 @@ def train_locally(
             f"{config.generator.num_actors}: set learner.num_workers=1 generator.num_actors=1"
         )
     run_dir = latest_run_directory(config) if resume else new_run_directory(config)
+    with driver_log(run_info(config, run_dir), resume=resume):
+        return _train(prepared, watcher, run_dir, resume_command)
+
+
+def _train(prepared: PreparedRun, watcher: Watcher, run_dir: Path, resume_command: str | None) -> RunResult:
+    config = prepared.config
     os.environ.update(worker_environment(config))
     watcher.on_phase("starting the engine and the learner")
     from raygrpo.engines.sampling import make_engine
@@ -232,6 +245,9 @@ class LocalRun:
             for group_id, index, rollout in self._engine.step():
                 rollouts[int(group_id), index] = rollout
                 end_s[int(group_id)] = time.time()
+        for ticket in replacements:
+            with about(group=ticket):
+                logger.info("sampled by version %d: %s", self._version, errors.get(ticket) or "whole")
         return [
             RolloutGroup(
                 ticket=ticket,

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"([A-Za-z0-9.-]+/)?{_LABEL}")
+_LABEL_VALUES = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+
+
+def _label_selector(given: Any) -> Any:
+    for key, values in given.items() if isinstance(given, dict) else ():
+        if not _LABEL_KEY.fullmatch(str(key)):
+            raise ValueError(f"{key!r} is no name of a label")
+        if not isinstance(values, str) or not _LABEL_VALUES.fullmatch(values):
+            raise ValueError(f"a label's value is selected by a, !a, in(a, b) or !in(a, b), not by {values!r}")
+    return {} if given is None else given
+
+
+LabelSelector = Annotated[dict[str, str], BeforeValidator(_label_selector)]
+"""Labels of the nodes that may be used, as Ray's label selectors take them; null: any node."""
 
 
 class Section(BaseModel):

@@ -19,6 +19,7 @@ What a group costs on the way (`raygrpo bench pipeline`) is mostly per call and 
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -35,9 +36,11 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
+from raygrpo.logs import about, open_log
 from raygrpo.rewards import Scorer
 from raygrpo.types import (
     RolloutGroup,
+    RunInfo,
     ScoredGroup,
     group_to_row,
     row_to_group,
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from raygrpo.roles.controller import Claim
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TYPE = pa.struct(
     [
@@ -88,6 +93,7 @@ GROUP_SCHEMA = pa.schema(
         ("generate_end_s", pa.float64()),
         ("error", pa.string()),
         ("replacement", pa.int64()),
+        ("attempt", pa.int64()),
     ]
 )
 SCORED_GROUP_SCHEMA = pa.schema(
@@ -132,7 +138,9 @@ class RolloutStage:
     """A thin proxy between Ray Data and the generators, without torch or an engine: it claims, calls, and returns the
     groups of a block."""
 
-    def __init__(self, controller: ActorHandle, stream: int):
+    def __init__(self, controller: ActorHandle, stream: int, run: RunInfo | None = None):
+        if run is not None:
+            open_log(run, "rollout")
         self._controller = controller
         self._stream = stream
 
@@ -148,8 +156,9 @@ class RolloutStage:
             releases, again = [], []
             for ref in _finished_or_late(calls):
                 call = calls.pop(ref)
-                group, failure, restart = _answer(ref, call.claim)
-                releases.append((call.claim.ticket, call.claim.generator_name, failure, restart))
+                group, failure, restart, begun = _answer(ref, call.claim)
+                releases.append((call.claim.ticket, call.claim.generator_name, failure, restart, begun))
+                _log_answer(call.claim, group, failure)
                 if group is None:
                     again.append(call.row)
                 else:
@@ -184,20 +193,32 @@ def _finished_or_late(calls: dict[ray.ObjectRef, _Call]) -> list[ray.ObjectRef]:
             return ready
 
 
-def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str | None, bool]:
-    """(group, failure, restart): the generator's group, or why it has none and whether it must be restarted."""
+def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str | None, bool, bool]:
+    """(group, failure, restart, begun): the generator's group, or why it has none, whether it must be restarted, and
+    whether it can have failed because of the group."""
     try:
         group: RolloutGroup = ray.get(ref, timeout=0)
     except ray.exceptions.GetTimeoutError:
-        return None, f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)", True
+        return None, f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)", True, True
     except ValueError as error:  # this request cannot be served, by no generator
-        return _failed_group(claim, str(getattr(error, "cause", error))), None, False  # Ray adds the remote traceback
+        return _failed_group(claim, str(getattr(error, "cause", error))), None, False, True  # Ray adds the traceback
     except (ray.exceptions.RayError, TimeoutError) as error:
-        return None, f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}", False
+        reason = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
+        return None, reason, False, not isinstance(error, TimeoutError)  # it waited for a version in vain
     flaw = group.flaw(ticket=claim.ticket, num_completions=len(claim.seeds), min_version=claim.min_version)
     if flaw:
-        return None, f"what it returned is no group: {flaw}", True
-    return group, None, False
+        return None, f"what it returned is no group: {flaw}", True, True
+    return group, None, False, True
+
+
+def _log_answer(claim: Claim, group: RolloutGroup | None, failure: str | None) -> None:
+    with about(group=claim.ticket, attempt=claim.attempt):
+        if group is None:
+            logger.warning("no group from %s: %s", claim.generator_name, failure)
+        elif group.error:
+            logger.warning("%s cannot sample it: %s", claim.generator_name, group.error)
+        else:
+            logger.debug("came back from %s", claim.generator_name)
 
 
 def _failed_group(claim: Claim, error: str) -> RolloutGroup:
@@ -211,13 +232,16 @@ def _failed_group(claim: Claim, error: str) -> RolloutGroup:
         generate_start_s=now,
         generate_end_s=now,
         error=error,
+        attempt=claim.attempt,
     )
 
 
 class RewardStage:
     """Scores one group at a time; the Scorer bounds what user code can do."""
 
-    def __init__(self, config: RewardConfig, import_paths: list[str]):
+    def __init__(self, config: RewardConfig, import_paths: list[str], run: RunInfo | None = None):
+        if run is not None:
+            open_log(run, "reward")
         self._scorer = Scorer(config, import_paths)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -237,8 +261,9 @@ class DynamicSamplingStage:
         config: RewardConfig,
         import_paths: list[str],
         max_replacements: int,
+        run: RunInfo | None = None,
     ):
-        self._rollouts = RolloutStage(controller, stream)
+        self._rollouts = RolloutStage(controller, stream, run)
         self._threads = ThreadPoolExecutor(groups_in_flight)
         self._scorer = Scorer(config, import_paths)
         self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
@@ -267,13 +292,14 @@ def segment_dataset(
     groups_in_flight: int,
     groups_per_block: int = 1,
     max_replacements: int = 0,
+    run: RunInfo | None = None,
 ) -> ray.data.Dataset:
     """The lazy plan of one segment: `num_tickets` rows, one scored group each, in ticket order. Builds a stream of its
     own each time it is called, so that what is left of an earlier attempt is fenced.
 
     groups_in_flight: how many groups the gate admits at a time, (max_staleness + 1) * groups_per_step; the rollout
     stage waits for as many at once. groups_per_block: how many travel together; divides num_tickets.
-    max_replacements: algorithm.dynamic_sampling.
+    max_replacements: algorithm.dynamic_sampling. run: whose log the stages write.
     """
     _configure_ray_data()  # here: a dataset keeps the context of the process that builds it, which is Ray Train's
     blocks_in_flight = math.ceil(min(groups_in_flight, num_tickets) / groups_per_block)
@@ -283,6 +309,7 @@ def segment_dataset(
         "batch_size": None,
         "batch_format": "pyarrow",
         "num_cpus": 0.01,
+        "label_selector": reward.label_selector,
         "compute": ray.data.ActorPoolStrategy(
             size=num_proxies,
             max_concurrent_calls_per_actor=calls,
@@ -295,14 +322,15 @@ def segment_dataset(
     tickets = ray.data.from_blocks([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
     stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
-        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements)
+        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements, run)
         return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
-    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream), **waiting).map_batches(
+    return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream, run), **waiting).map_batches(
         RewardStage,
-        fn_constructor_args=(reward, import_paths),
+        fn_constructor_args=(reward, import_paths, run),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reward.num_cpus,
+        label_selector=reward.label_selector,
         # Ray Data hands over what a round of its loop found finished: all of it at once.
         compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=blocks_in_flight),
     )

@@ -215,7 +215,7 @@ def _row(trial: Trial, history: dict[int, StepMetrics]) -> list[Any]:
 def _print(rows: list[list[Any]], trials: list[Trial], console: Console) -> None:
     table = Table()
     for column in [*(re.sub(r".*\.", "", o.partition("=")[0]) for o in trials[0].overrides), *COLUMNS]:
-        table.add_column(column, overflow="fold")  # nothing is cut off on a narrow terminal
+        table.add_column(column, overflow="fold", no_wrap=column in ("run", "status"))  # nothing is cut off
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     console.print(table)

@@ -12,21 +12,28 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raygrpo.config import RunConfig
+from raygrpo.jobs.driver import identify, require_shared_storage
+from raygrpo.logs import LOG_DIR, close_log, open_log
+from raygrpo.placement import one_machine_problems
 from raygrpo.prepare import PreparedRun, required_resources
 from raygrpo.summary import summarise
+from raygrpo.types import RunInfo
 
 if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
+    from ray.train.torch import TorchTrainer
 
     from raygrpo.tracking import Links
     from raygrpo.types import StepMetrics
@@ -36,6 +43,7 @@ logger = logging.getLogger(__name__)
 # The gate admits what a healthy generator can serve at once; one that lacks the version has restarted unnoticed.
 VERSION_TIMEOUT_S = 10.0
 RAY_STARTS = 3
+ABORT_LIMIT_S = 10.0  # for Ray Train to end a gang that is interrupted
 POLL_S = 0.5  # between looks at the run's progress
 CHECKPOINT_DIR = "checkpoints"  # in the run's directory
 EXPORT_DIR = "model"  # in the run's directory: the trained policy as a Hugging Face model
@@ -45,6 +53,8 @@ class Watcher(Protocol):
     """Who is told how the run proceeds; called from one thread."""
 
     def on_phase(self, text: str) -> None: ...
+
+    def on_link(self, title: str, address: str) -> None: ...
 
     def on_step(self, step: int, metrics: StepMetrics) -> None: ...
 
@@ -78,30 +88,46 @@ def train(
     Raises RuntimeError with the cause when training failed; what was tracked until then is kept.
     """
     config = prepared.config
-    run_dir = latest_run_directory(config) if resume else new_run_directory(config)
-    with connect_to_ray(config, verbose=verbose):
-        import ray
+    old_run_dir = latest_run_directory(config) if resume else None
+    watcher.on_phase("starting Ray")
+    with connect_to_ray(config, verbose=verbose) as dashboard, stop_as_interrupt():
+        require_shared_storage(config)
+        run = run_info(config, old_run_dir or new_run_directory(config))
+        with driver_log(run, resume=resume):
+            history, links = _train(prepared, run, watcher, resume_command, dashboard)
+    export_dir = str(Path(run.directory, EXPORT_DIR))
+    return RunResult(run_dir=run.directory, export_dir=export_dir, history=history, links=links)
 
-        watcher.on_phase("starting generators and learners")
-        tracker = launch_tracker(config, run_dir, resume_command)
-        generators = launch_generators(prepared, run_dir.name)
-        controller = launch_controller(prepared, run_dir)
-        prompts = ray.put(prepared.prompts)
-        status = "FAILED"
-        try:
-            with _follow(tracker, controller, lambda: controller.set_up.remote(prompts, generators), watcher):
-                run_gang(prepared, controller, tracker, run_dir)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            history: Any = ray.get(tracker.history.remote())
-            policy = exported_policy(run_dir, status)
-            links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict(), policy))
-            for actor in (*generators.values(), controller, tracker):
-                ray.kill(actor)  # on a cluster that goes on after us
-    return RunResult(run_dir=str(run_dir), export_dir=str(run_dir / EXPORT_DIR), history=history, links=links)
+
+def _train(
+    prepared: PreparedRun, run: RunInfo, watcher: Watcher, resume_command: str | None, dashboard: str | None
+) -> tuple[dict[int, StepMetrics], Links]:
+    """All of the run on the Ray that this process is connected to."""
+    import ray
+
+    config = prepared.config
+    logger.info("metrics for Prometheus: %s", ", ".join(metrics_addresses()))
+    watcher.on_phase("starting the tracker")
+    tracker = launch_tracker(config, run, resume_command, dashboard)
+    generators = launch_generators(prepared, run)
+    controller = launch_controller(prepared, run)
+    prompts = ray.put(prepared.prompts)
+    status = "FAILED"
+    try:
+        set_up = partial(controller.set_up.remote, prompts, generators)
+        with _follow(tracker, controller, set_up, watcher):
+            run_gang(prepared, controller, tracker, run)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        history: Any = ray.get(tracker.history.remote())
+        policy = exported_policy(Path(run.directory), status)
+        links: Any = ray.get(tracker.finish.remote(status, summarise(history).as_dict(), policy))
+        for actor in (*generators.values(), controller, tracker):
+            ray.kill(actor)  # on a cluster that goes on after us
+    return history, links
 
 
 def new_run_directory(config: RunConfig) -> Path:
@@ -134,16 +160,54 @@ def latest_run_directory(config: RunConfig) -> Path:
     return latest.resolve()
 
 
+def run_info(config: RunConfig, run_dir: Path) -> RunInfo:
+    """The run that lies in this directory."""
+    return RunInfo(
+        name=run_dir.name,
+        directory=str(run_dir),
+        groups_per_step=config.groups_per_step,
+        log_level=config.log_level,
+    )
+
+
 @contextmanager
-def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
-    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run."""
+def driver_log(run: RunInfo, *, resume: bool) -> Iterator[None]:
+    """The driver's log around the run, which ends with why the run did."""
+    Path(run.directory, LOG_DIR).mkdir(exist_ok=True)
+    open_log(run, "driver")
+    try:
+        logger.info("the run is resumed" if resume else "the run begins")
+        yield
+        logger.info("the run is finished")
+    except BaseException as error:
+        logger.info("the run ends: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        close_log()
+
+
+def metrics_addresses() -> list[str]:
+    """Where each of Ray's nodes serves the figures of gauges.py."""
+    import ray
+
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]]
+
+
+@contextmanager
+def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[str | None]:
+    """Within a job or beside a running cluster: that cluster. Otherwise an embedded one, which ends with the run. Gives
+    the dashboard's host:port, where there is one.
+
+    Raises ValueError where an embedded one could not place the run's processes."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():
-        yield
+        yield None
         return
+    if problems := one_machine_problems(config):
+        raise ValueError("; ".join(problems))
     demand = required_resources(config)
     # A laptop's cores are shared by roles that mostly take turns: logical CPUs must fit, they do not bind anything.
     num_cpus = max(os.cpu_count() or 1, math.ceil(demand.num_cpus) + 1)
@@ -158,21 +222,34 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[None]:
         # GCS would keep the events of 100,000 tasks, for a dashboard that an embedded Ray does not have.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-    _start_ray(options)
+    dashboard = _start_ray(options)
     try:
-        yield
+        yield dashboard
     finally:
         ray.shutdown()
 
 
-def _start_ray(options: dict[str, Any]) -> None:
+@contextmanager
+def stop_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a job that is stopped, a machine that goes) ends the run as Ctrl-C does: recorded as killed, and ready
+    to be resumed. Ray's own handler would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start_ray(options: dict[str, Any]) -> str | None:
     """ray.init, again where a machine that is busy did not start it within the 30 s that Ray waits."""
     import ray
 
     for remaining in reversed(range(RAY_STARTS)):
         try:
-            ray.init(**options)
-            return
+            return ray.init(**options).dashboard_url
         except Exception as error:
             if not remaining or "timed out during startup" not in str(error):
                 raise
@@ -195,14 +272,15 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None) -> Any:
+def launch_tracker(config: RunConfig, run: RunInfo, resume_command: str | None, dashboard: str | None) -> Any:
     import ray
 
     from raygrpo.roles.nodes import NodeMetrics
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(
-        name=f"{run_dir.name}-tracker",
+        name=f"{run.name}-tracker",
+        scheduling_strategy=on_this_node(),  # where the run's directory and a local MLflow store are
         num_cpus=0,
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
@@ -211,15 +289,32 @@ def launch_tracker(config: RunConfig, run_dir: Path, resume_command: str | None)
         # cannot use: the process would grow for hundreds of steps.
         runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
     )
-    tracker = actor.remote(config, str(run_dir), resume_command=resume_command, machines=NodeMetrics())
+    tags, links = identify(dashboard)
+    tracker = actor.remote(
+        config,
+        run.directory,
+        tags=tags,
+        links=links,
+        resume_command=resume_command,
+        run_info=run,
+        machines=NodeMetrics(),
+    )
     ray.get(tracker.start.remote())
     return tracker
 
 
-def launch_generators(prepared: PreparedRun, run_name: str) -> dict[str, ActorHandle]:
+def on_this_node() -> Any:
+    """The driver's node, and no other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def launch_generators(prepared: PreparedRun, run: RunInfo) -> dict[str, ActorHandle]:
     """Named actors that Ray restarts when they die. Their engines start in the background: the first publish waits for
     them."""
-    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run_name=run_name)
+    launch = GeneratorLauncher(config=prepared.config, max_model_len=prepared.max_model_len, run=run)
     names = [f"generator-{index}" for index in range(prepared.config.generator.num_actors)]
     return {name: launch(name) for name in names}
 
@@ -230,7 +325,7 @@ class GeneratorLauncher:
 
     config: RunConfig
     max_model_len: int
-    run_name: str
+    run: RunInfo
 
     def __call__(self, name: str) -> Any:
         import ray
@@ -239,9 +334,10 @@ class GeneratorLauncher:
 
         settings = self.config.generator
         actor = ray.remote(Generator).options(
-            name=f"{self.run_name}-{name}",
+            name=f"{self.run.name}-{name}",
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
+            label_selector=settings.label_selector,
             max_restarts=-1,
             max_task_retries=0,
         )
@@ -252,18 +348,24 @@ class GeneratorLauncher:
             max_model_len=self.max_model_len,
             version_timeout_s=VERSION_TIMEOUT_S,
             deterministic=self.config.deterministic,
+            run=self.run,
         )
 
 
-def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
+def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
     """`set_up` must follow."""
     import ray
 
     from raygrpo.roles.controller import RolloutController
+    from raygrpo.roles.demand import UnplacedFinder
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
-        name=f"{run_dir.name}-controller", num_cpus=0, max_concurrency=10_000, max_restarts=-1
+        name=f"{run.name}-controller",
+        scheduling_strategy=on_this_node(),  # where its reports go; not on a machine that may be taken away
+        num_cpus=0,
+        max_concurrency=10_000,
+        max_restarts=-1,
     )
     return actor.remote(
         seed=config.seed,
@@ -272,12 +374,13 @@ def launch_controller(prepared: PreparedRun, run_dir: Path) -> Any:
         max_staleness=config.max_staleness,
         settings=config.generator,
         watchdog=config.watchdog,
-        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run_name=run_dir.name),
-        report_dir=str(run_dir),
+        launch=GeneratorLauncher(config=config, max_model_len=prepared.max_model_len, run=run),
+        find_unplaced=UnplacedFinder(config),
+        run=run,
     )
 
 
-def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run_dir: Path) -> None:
+def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run: RunInfo) -> None:
     """Ray Train's gang of learners on the stream, to the end of the run."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -302,11 +405,13 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
             groups_in_flight=(config.max_staleness + 1) * config.groups_per_step,
             groups_per_block=config.groups_per_block,
             max_replacements=config.algorithm.dynamic_sampling,
+            run=run,
         )
 
     whole, rest = divmod(config.num_steps, config.checkpoint.every)
     lengths = ({SEGMENT: config.checkpoint.every} if whole else {}) | ({TAIL: rest} if rest else {})
-    link = RayLink(controller, tracker)
+    run_dir = Path(run.directory)
+    link = RayLink(controller, tracker, run)
     setup = LearnerSetup(
         config=config,
         link=link,
@@ -314,10 +419,13 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         checkpoint_dir=str(run_dir / CHECKPOINT_DIR),
         export_dir=str(run_dir / EXPORT_DIR),
     )
-    trainer = TorchTrainer(
+    trainer = _interruptible(TorchTrainer)(
         lambda: run_learner(setup, link),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=learner.num_workers, use_gpu=learner.num_gpus > 0, resources_per_worker=resources
+            num_workers=learner.num_workers,
+            use_gpu=learner.num_gpus > 0,
+            resources_per_worker=resources,
+            label_selector=learner.label_selector or None,
         ),
         torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo", timeout_s=7200),
         run_config=ray.train.RunConfig(
@@ -338,6 +446,27 @@ def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandl
         raise RuntimeError(status.stop_reason) from failure
     if failure is not None:
         raise RuntimeError(root_cause(failure)) from failure
+
+
+def _interruptible(trainer: type[TorchTrainer]) -> type[TorchTrainer]:
+    """The trainer, but an interrupt raises KeyboardInterrupt in `fit`, as anywhere. Ray Train 2.60 installs a handler
+    that calls sys.exit(0) instead: a stopped run would look like one that ended well."""
+    import ray
+    import ray.exceptions
+
+    class Interruptible(trainer):
+        def _register_sigint_handler(self, controller: ActorHandle) -> None:
+            self._controller = controller
+
+        def fit(self) -> Any:
+            try:
+                return super().fit()
+            except KeyboardInterrupt:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(self._controller.abort.remote(), timeout=ABORT_LIMIT_S)  # frees the gang's resources
+                raise
+
+    return Interruptible
 
 
 def root_cause(error: BaseException) -> str:
@@ -363,7 +492,8 @@ def _follow(
     def follow() -> None:
         next_step = 0
         num_warnings = {"controller": 0, "tracker": 0}
-        training = False
+        phase = ""
+        is_linked = False
         last, period_s = False, 0.0
         while not last:
             last, period_s = done.wait(period_s), POLL_S  # one more look after the end
@@ -382,13 +512,19 @@ def _follow(
                 for text in texts:
                     watcher.on_warning(text)
                 num_warnings[source] += len(texts)
-            if status.version >= 0 and not training:
-                training = True
-                watcher.on_phase("training")
+            if not is_linked:
+                links: Links = ray.get(tracker.links.remote())  # type: ignore[assignment]
+                if links.run_url is not None:
+                    is_linked = True
+                    watcher.on_link("MLflow", links.ui_command or links.run_url)
             history: Any = ray.get(tracker.history.remote(next_step))
             for step, metrics in history.items():
                 watcher.on_step(step, metrics)
                 next_step = step + 1
+            now = "training" if next_step and status.version >= 0 else status.waits_for
+            if now != phase:
+                phase = now
+                watcher.on_phase(phase)
 
     thread = threading.Thread(target=follow, name="watcher", daemon=True)
     thread.start()

@@ -15,11 +15,22 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+LogLevel = Literal["debug", "info", "warning", "error"]
 FENCED = -1  # in place of a ticket: a row that stands for nothing
 
 
 class RunStopped(RuntimeError):
     """Going on would be wrong, and starting again from a checkpoint would not help. The message is for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """Which run a role works for: what it says and measures (logs.py, gauges.py) bears its name."""
+
+    name: str  # of the run's directory, unlike that of any other run
+    directory: str
+    groups_per_step: int
+    log_level: LogLevel
 
 
 FinishReason = Literal["stop", "length"]
@@ -61,6 +72,7 @@ class RolloutGroup:
     generate_end_s: float
     error: str = ""
     replacement: int = 0  # dynamic sampling: how many prompts of this ticket were given up before this one
+    attempt: int = 0  # of the learners that asked for it
 
     def flaw(self, *, ticket: int, num_completions: int, min_version: int) -> str:
         """What is wrong with this as a generator's answer to a claim; "" where nothing is."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from raygrpo.roles.generator import WeightsAck
 from raygrpo.types import Prompt, Rollout, RolloutGroup
 
@@ -34,7 +36,8 @@ class FakeGenerator:
     async def load_weights(self, version: int, weights: list[Any], *, attempt: int = 0) -> WeightsAck:
         assert (await weights[0])["version"] == version
         self._version = version
-        return WeightsAck(generator=self._name, version=version, num_bytes=8, drain_s=0.0, load_s=0.0)
+        node = ray.get_runtime_context().get_node_id()
+        return WeightsAck(generator=self._name, version=version, num_bytes=8, drain_s=0.0, load_s=0.0, node=node)
 
     async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
         script, start_s, version = self._script, time.time(), self._version

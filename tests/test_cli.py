@@ -69,7 +69,7 @@ def test_help_names_the_commands_and_each_command_teaches():
     runner = CliRunner()
     top = runner.invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert top.exit_code == 0
-    for command in ("train", "check", "bench"):
+    for command in ("train", "check", "bench", "submit", "status", "logs", "stop"):
         assert command in top.output
         own = runner.invoke(app, [command, "-h"], env={"COLUMNS": "200"})
         assert own.exit_code == 0
@@ -83,7 +83,7 @@ def test_no_arguments_show_the_help():
     assert "Usage" in result.output and "train" in result.output
 
 
-@pytest.mark.parametrize("module", ["raygrpo", "raygrpo.cli", "raygrpo.config"])
+@pytest.mark.parametrize("module", ["raygrpo", "raygrpo.cli", "raygrpo.config", "raygrpo.jobs"])
 def test_import_is_light(module):
     heavy = {
         "torch",
@@ -206,8 +206,52 @@ def test_more_gpus_than_there_are_is_a_problem(invoke, monkeypatch):
     assert result.exit_code == 1
     assert "asks for 1.5 GPUs, this machine has 1" in result.output
     assert invoke("learner.num_gpus=0.5", "generator.num_gpus=0.5").exit_code == 0
-    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may have more than this machine
+
+
+def cluster_of(monkeypatch, *nodes: dict[str, Any]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("raygrpo.check.cluster_nodes", lambda: [{"Alive": True, **node} for node in nodes])
+
+
+def test_a_cluster_may_have_more_gpus_than_this_machine(invoke, monkeypatch):
+    cluster_of(monkeypatch, {"Labels": {}, "Resources": {"CPU": 8, "GPU": 8}})
     assert invoke("learner.num_gpus=8").exit_code == 0
+    result = invoke("learner.num_gpus=9")
+    assert result.exit_code == 1 and "hold 0 of 1 learner processes" in result.output
+
+
+def test_a_selector_that_no_node_of_the_cluster_satisfies_is_a_problem(invoke, monkeypatch):
+    cluster_of(monkeypatch, {"Labels": {"raygrpo-role": "head"}, "Resources": {"CPU": 8}})
+    result = invoke("generator.label_selector={raygrpo-role: generator}")
+    assert result.exit_code == 1
+    assert "problem: no node satisfies generator.label_selector {'raygrpo-role': 'generator'}" in result.output
+    assert invoke("generator.label_selector={raygrpo-role: head}").exit_code == 0
+
+
+def test_a_selector_without_a_cluster_is_a_problem(invoke):
+    result = invoke("learner.label_selector={raygrpo-role: learner}")
+    assert result.exit_code == 1
+    assert "problem: learner.label_selector is {'raygrpo-role': 'learner'}, and the Ray that" in result.output
+    assert invoke("learner.label_selector=null").exit_code == 0
+
+
+def test_a_dashboards_address_is_no_address_of_a_cluster(invoke, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    result = invoke()
+    assert result.exit_code == 1 and "is a dashboard's; a run takes that of the cluster" in result.stderr
+
+
+def test_the_memory_of_every_role_is_shown_and_what_does_not_fit_is_a_warning(invoke, monkeypatch):
+    result = invoke()
+    assert result.exit_code == 0 and "warning" not in result.output
+    assert "Memory of a process, estimated" in result.output
+    for role in ("1 x learner", "1 x generator", "1 x reward"):
+        assert role in result.output
+    monkeypatch.setattr("raygrpo.check.available_gpus", lambda: 1)
+    monkeypatch.setattr("raygrpo.check.gpu_memory", lambda: 2**20)
+    result = invoke("learner.num_gpus=1")
+    assert result.exit_code == 0, "an estimate is no verdict"
+    assert "warning: a learner needs about 2.2 GiB of each GPU, of which it has 0.0 GiB" in result.output
 
 
 def test_a_reward_that_raises_is_a_problem_before_the_run(invoke, tmp_path):

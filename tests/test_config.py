@@ -371,7 +371,8 @@ def test_every_setting_that_its_name_does_not_explain_is_explained():
 
 
 def test_the_yaml_files_of_the_repository_are_valid():
-    for path in sorted(Path(__file__).parents[1].glob("pipelines/*.yaml")):
+    repository = Path(__file__).parents[1]
+    for path in (*repository.glob("pipelines/*.yaml"), *repository.glob("cluster/runs/*.yaml")):
         assert load_config(path).num_steps > 0
 
 

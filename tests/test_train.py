@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from raygrpo.data import prompt_index
 from raygrpo.prepare import prepare
 from raygrpo.train import RunResult, train
 from tests.chaos import TASK as LETTERS
+from tests.conftest import NUM_LOGICAL_CPUS
 from tests.engines.vllm_process import vllm_logprobs
 from tests.tiny_models import tiny_model
 from tests.tracking.conftest import Store
@@ -46,11 +50,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.phases: list[str] = []
+        self.links: dict[str, str] = {}
         self.steps: list[int] = []
         self.warnings: list[str] = []
 
     def on_phase(self, text: str) -> None:
         self.phases.append(text)
+
+    def on_link(self, title: str, address: str) -> None:
+        self.links[title] = address
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)
@@ -102,6 +110,7 @@ def check_run(config: RunConfig, result: RunResult, recorder: Recorder) -> None:
     steps = list(range(config.num_steps))
     assert list(result.history) == recorder.steps == steps
     assert recorder.phases[-1] == "training"
+    assert recorder.links == {"MLflow": result.links.ui_command}
     per_step = config.completions_per_step
     for metrics in result.history.values():
         assert metrics["staleness/max"] <= config.max_staleness
@@ -242,6 +251,26 @@ def test_the_pool_of_generators_grows_and_shrinks_while_the_run_goes_on(run):
     )  # fmt: skip
     assert any("generator-1 has joined, with version" in text for text in recorder.warnings), recorder.warnings
     assert all(metrics["sampling/logprob_diff"] < 1e-4 for metrics in result.history.values())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_as_killed_and_frees_the_cluster(run, ray_session, tmp_path, how):
+    class Interrupting(Recorder):
+        def on_step(self, step: int, metrics: dict[str, float]) -> None:
+            if step == 1:
+                os.kill(os.getpid(), how)
+
+    config = load_config(tmp_path / "run.yaml", ["num_steps=500", "generator.engine=transformers", "generator.vllm={}"])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(config, tmp_path), Interrupting())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    identity = json.loads((tmp_path / "runs/run-latest/tracking.json").read_text())
+    assert Store(identity["uri"]).client.get_run(identity["run_id"]).info.status == "KILLED"
+    deadline_s = time.monotonic() + 60.0
+    while ray_session.available_resources().get("CPU") != NUM_LOGICAL_CPUS:
+        assert time.monotonic() < deadline_s, ray_session.available_resources()
+        time.sleep(0.2)
 
 
 def test_too_many_failed_rewards_end_the_run_with_a_message(run):

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.own_cluster import results_of
 from tests.two_nodes import BLOCK, GROUPS_PER_STEP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -24,29 +16,8 @@ DEADLINE_S = 800
 
 @pytest.fixture(scope="module")
 def streams() -> Iterator[dict[str, Any]]:
-    """What tests/two_nodes.py prints, run as a process with a Ray of its own."""
-    directory = tempfile.mkdtemp(prefix="rg-", dir="/tmp")  # short: Ray's sockets lie in it
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {
-        "RAY_TMPDIR": directory,
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_TRAIN_V2_ENABLED": "1",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.two_nodes", f"{directory}/results.json"],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.DEVNULL,  # Ray's remarks on the node that goes
-        start_new_session=True,
-    )
-    try:
-        assert process.wait(timeout=DEADLINE_S) == 0
-        yield json.loads(Path(directory, "results.json").read_text())
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        shutil.rmtree(directory, ignore_errors=True)
+    with results_of("tests.two_nodes", deadline_s=DEADLINE_S) as results:
+        yield results
 
 
 def check(streamed: dict[str, Any], max_staleness: int) -> None:

@@ -24,10 +24,10 @@ from raygrpo.roles.controller import RolloutController
 from raygrpo.stream import data_config, iterate_groups, segment_dataset
 from raygrpo.types import RolloutGroup
 from tests.fake_generator import FakeGenerator, Script
+from tests.own_cluster import DEADLINE_S, add_node
 from tests.roles.test_controller import prompt_set
 from tests.test_stream import GROUP_SIZE, NUM_PROMPTS, REWARD, SEED
 
-DEADLINE_S = 240.0  # for one step; a stream that stands still takes for ever
 GROUPS_PER_STEP, BLOCK = 8, 2
 
 
@@ -117,23 +117,13 @@ def stream(
     return result
 
 
-def add_node(cluster: Cluster, num_cpus: int, role: str) -> Any:
-    """A node that is there when this returns; Cluster itself gives it 30 s, too few on a busy machine."""
-    node = cluster.add_node(wait=False, num_cpus=num_cpus, resources={role: 1})
-    deadline_s = time.monotonic() + DEADLINE_S
-    while node.node_id not in {known["NodeID"] for known in ray.nodes() if known["Alive"]}:
-        assert time.monotonic() < deadline_s, f"the {role} node does not start"
-        time.sleep(0.2)
-    return node
-
-
 def main() -> None:
     cluster = Cluster()
     cluster.add_node(wait=False, num_cpus=0, include_dashboard=False)
     environment = {"env_vars": {"PYTHONPATH": os.getcwd(), "RAY_TRAIN_V2_ENABLED": "1"}}
     ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=environment)
-    doomed = add_node(cluster, 4, "sampling")
-    add_node(cluster, 0, "learning")
+    doomed = add_node(cluster, 4, resources={"sampling": 1})
+    add_node(cluster, 0, resources={"learning": 1})
     results = {}
     try:
         straggler = Script(seconds={5: 1.5})
@@ -141,7 +131,7 @@ def main() -> None:
         results["stale"] = stream(4, 1, 2, straggler, {})
 
         def add_a_node() -> None:
-            add_node(cluster, 4, "sampling")
+            add_node(cluster, 4, resources={"sampling": 1})
 
         def remove_the_first() -> None:
             time.sleep(1.5)  # the blocks of step 2 lie in the object store of the node, those of step 3 are under way

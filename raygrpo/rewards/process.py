@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
@@ -25,6 +26,8 @@ from raygrpo.rewards.wire import receive, send
 
 if TYPE_CHECKING:
     from raygrpo.config import RewardFunctionConfig
+
+logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 600.0  # importing the functions' modules, making their classes
 GRACE_S = 1.0  # an async function gets from its own event loop before the process is killed
@@ -84,6 +87,7 @@ class RewardProcess:
                 break
             loss = self._run(function, {index: calls[index] for index in batch}, outcomes)
             if loss is not None:
+                logger.warning("%s; its process is started again", loss.reason)
                 culprit = next(index for index in batch if index not in outcomes)
                 if self._loaded[function]["is_async"] and len(batch) > 1:
                     one_by_one = True

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raygrpo.logs import about
 from raygrpo.rewards.process import Outcome, RewardProcess
 from raygrpo.types import Prompt, Reward, RolloutGroup, ScoredGroup
 
 if TYPE_CHECKING:
     from raygrpo.config import RewardConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RewardCaller(Protocol):
@@ -43,8 +47,11 @@ class Scorer:
         functions after it are not called for that rollout. The group's other rollouts are not affected.
         """
         start = time.time()
-        rewards = self._rewards(group) if group.rollouts else []
-        return ScoredGroup(group=group, rewards=rewards, score_start_s=start, score_end_s=time.time())
+        with about(group=group.ticket, attempt=group.attempt):
+            rewards = self._rewards(group) if group.rollouts else []
+            scored = ScoredGroup(group=group, rewards=rewards, score_start_s=start, score_end_s=time.time())
+            _log(scored)
+        return scored
 
     def _rewards(self, group: RolloutGroup) -> list[Reward]:
         calls = [
@@ -74,6 +81,15 @@ class Scorer:
     def close(self) -> None:
         """End the child process."""
         self._process.close()
+
+
+def _log(scored: ScoredGroup) -> None:
+    errors = [reward.error for reward in scored.rewards if reward.error]
+    for error in dict.fromkeys(errors):
+        logger.info("%d of %d completions got no reward: %s", errors.count(error), len(scored.rewards), error)
+    if len(errors) < len(scored.rewards):
+        mean = sum(reward.total for reward in scored.rewards if not reward.error) / (len(scored.rewards) - len(errors))
+        logger.info("scored in %.3f s: mean reward %.4g", scored.score_end_s - scored.score_start_s, mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

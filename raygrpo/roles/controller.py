@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -31,9 +32,12 @@ from typing import TYPE_CHECKING
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
+from raygrpo.gauges import CLAIMS, GATE, GENERATOR_FAILURES, GENERATORS, PERIOD_S, VERSION, Gauges
+from raygrpo.logs import about, always, open_log
+from raygrpo.roles.demand import Unplaced
 from raygrpo.roles.generator_pool import GeneratorPool, last_line
 from raygrpo.roles.watchdog import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim, Watchdog, stall_report, write_report
-from raygrpo.types import FENCED, Prompt
+from raygrpo.types import FENCED, Prompt, RunInfo
 
 if TYPE_CHECKING:
     import ray
@@ -41,9 +45,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # generators tried for one ticket before its group is emitted with an error
+MAX_ATTEMPTS = 3  # generators that may fail with one ticket's group before it is emitted with an error
 RESIZE_PERIOD_S = 1.0
 STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
+ROOM_PERIOD_S = 5.0  # between looks for what Ray has no machine for
+ROOM_PATIENCE_S = 15.0  # until that is said; then again after twice as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,15 @@ class Claim:
     generator_name: str = ""
     timeout_s: float = 0.0  # for the generator to answer
     error: str = ""
+    attempt: int = 0  # of the learners
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Of a generator, while it had a ticket's group."""
+
+    reason: str
+    node: str  # of the generator; "" where it is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +95,9 @@ class ControllerStatus:
     stop_reason: str | None  # why the run must not go on
     is_set_up: bool  # False: it waits for `set_up`, maybe once more
     num_evictions: int  # how often learners were told to leave, to be started again
+    waits_for: str  # what the run waits for, for a person
+    claims: dict[str, int]  # that have not come back, by what they wait for
+    generators: dict[str, int]  # by state
 
 
 class RolloutController:
@@ -95,10 +113,14 @@ class RolloutController:
         settings: GeneratorConfig | None = None,
         watchdog: WatchdogConfig | None = None,
         launch: Callable[[str], ActorHandle] | None = None,
-        report_dir: str | None = None,
+        find_unplaced: Callable[[], Unplaced] | None = None,
+        run: RunInfo | None = None,
     ):
         """prompts, generators: None where `set_up` brings them. launch: makes a further generator of this name, for a
-        pool that grows. report_dir: where the watchdog writes."""
+        pool that grows. find_unplaced: asks Ray what of the run waits for a machine. run: whose log, gauges and
+        watchdog's reports this writes; without it there are none."""
+        if run is not None:
+            open_log(run, "controller")
         self._prompts = prompts
         self._is_set_up = asyncio.Event()
         if generators is not None:
@@ -108,7 +130,9 @@ class RolloutController:
         self._group_size = group_size
         self._max_staleness = max_staleness
         self._settings = settings or GeneratorConfig()
-        self._report_dir = report_dir
+        self._find_unplaced = find_unplaced
+        self._report_dir = run.directory if run else None
+        self._gauges = Gauges(run.name) if run else None
         self._version = -1  # nothing published: the gate is shut
         self._attempt = 0
         self._streams: dict[str, int] = {}  # name of a dataset -> its newest stream
@@ -116,7 +140,7 @@ class RolloutController:
         self._first_ticket = 0  # of the current segment
         self._num_tickets = 0
         self._claims: dict[int, PendingClaim] = {}  # by ticket
-        self._failures: dict[int, list[str]] = {}  # ticket -> what went wrong so far
+        self._failures: dict[int, list[_Failure]] = {}  # by ticket
         self._stop_reason: str | None = None
         self._num_evictions = 0
         self._warnings: list[str] = []  # for the person who watches
@@ -132,6 +156,7 @@ class RolloutController:
             self._prompts = prompts
             self._pool.add(generators)
             self._is_set_up.set()
+        self._start_background()
 
     async def new_stream(self, name: str) -> int:
         """Register a dataset that was built under this name; its claims carry the number that this returns."""
@@ -154,6 +179,8 @@ class RolloutController:
             self._pool.begin_attempt(self._attempt)
             self._changed.notify_all()
         self._watchdog.progress()
+        always(attempt=self._attempt)
+        logger.info("attempt %d of the learners begins", self._attempt)
         return self._attempt
 
     async def _attempt_of_generators(self) -> int:
@@ -173,6 +200,7 @@ class RolloutController:
             self._claims.clear()
             self._changed.notify_all()
         self._watchdog.progress()
+        logger.info("a segment begins with ticket %d, of %s rows", first_ticket, num_tickets or "all its")
 
     async def claim(self, stream: int, row: int, replacement: int = 0) -> Claim:
         """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
@@ -193,28 +221,42 @@ class RolloutController:
             min_version=max(0, step - self._max_staleness),
             generator=None,
             timeout_s=self._settings.group_timeout_s,
+            attempt=self._attempt,
         )
         failures = self._failures.get(ticket, [])
-        if len(failures) >= MAX_ATTEMPTS:
-            return replace(claim, error=f"{MAX_ATTEMPTS} generators failed: " + "; ".join(failures))
+        if len(failures) >= MAX_ATTEMPTS and len(_of_living_nodes(failures)) >= MAX_ATTEMPTS:
+            reasons = "; ".join(failure.reason for failure in failures)
+            return replace(claim, error=f"{len(failures)} generators failed: {reasons}")
         where = WITHOUT_GENERATOR if self._admits(ticket) else AT_THE_GATE
         if ticket in self._claims:  # of a rollout stage that died: Ray Data repeats its block
             self._pool.give_back(self._claims[ticket].where)
-        pending = self._claims[ticket] = PendingClaim(ticket=ticket, where=where, since_s=time.monotonic())
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: (
-                    stream != self._active_stream
-                    or self._pool.all_dead
-                    or (self._admits(ticket) and self._pool.healthy)
+        waits_since_s = time.monotonic()
+        pending = self._claims[ticket] = PendingClaim(ticket=ticket, where=where, since_s=waits_since_s)
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: (
+                        stream != self._active_stream
+                        or self._pool.all_dead
+                        or (self._admits(ticket) and self._pool.healthy)
+                    )
                 )
-            )
-            if stream != self._active_stream or self._claims.get(ticket) is not pending:
+                if stream != self._active_stream or self._claims.get(ticket) is not pending:
+                    return _fenced(row)
+                if self._pool.all_dead:
+                    raise RuntimeError(self._pool.cause_of_death)
+                name = self._pool.take()
+            pending.where, pending.since_s = name, time.monotonic()
+            if not failures or await self._pool.confirm(name):
+                break
+            if self._claims.get(ticket) is not pending:
                 return _fenced(row)
-            if self._pool.all_dead:
-                raise RuntimeError(self._pool.cause_of_death)
-            name = self._pool.take()
-        pending.where, pending.since_s = name, time.monotonic()
+            self._pool.give_back(name)
+            pending.where = WITHOUT_GENERATOR
+        if self._claims.get(ticket) is not pending:
+            return _fenced(row)
+        with about(group=ticket):
+            logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
 
     async def claim_block(self, stream: int, rows: list[int], replacement: int = 0) -> list[Claim]:
@@ -222,14 +264,25 @@ class RolloutController:
         return await asyncio.gather(*(self.claim(stream, row, replacement) for row in rows))
 
     def _admits(self, ticket: int) -> bool:
-        bound = (self._version + self._max_staleness + 1) * self._groups_per_step
-        return self._version >= 0 and ticket < bound  # before the first publish generators may hold anything
+        return ticket < self._gate
+
+    @property
+    def _gate(self) -> int:
+        """Tickets below this number are admitted: none before the first publish, when generators may hold anything."""
+        return (self._version + self._max_staleness + 1) * self._groups_per_step if self._version >= 0 else 0
 
     async def release(
-        self, stream: int, ticket: int, generator_name: str, generator_error: str | None, restart: bool = False
+        self,
+        stream: int,
+        ticket: int,
+        generator_name: str,
+        generator_error: str | None,
+        restart: bool = False,
+        begun: bool = True,
     ) -> None:
         """A claimed ticket came back from its generator: with a group (no error), or because the generator failed.
-        restart: it may live, but must not be trusted any more (it hangs, or returns garbage)."""
+        restart: it may live, but must not be trusted any more (it hangs, or returns garbage). begun: False where it
+        cannot have failed because of the group."""
         if stream != self._active_stream:
             return
         if ticket not in self._claims or self._claims[ticket].where != generator_name:
@@ -240,11 +293,14 @@ class RolloutController:
             self._watchdog.progress()
             return
         error = generator_error
-        self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
-        self._failures.setdefault(ticket, []).append(f"{generator_name}: {error}")
+        with about(group=ticket):
+            self._warn(f"ticket {ticket} failed on {generator_name}, and goes to another generator: {error}")
+        if begun:
+            failure = _Failure(f"{generator_name}: {error}", self._pool.nodes.get(generator_name, ""))
+            self._failures.setdefault(ticket, []).append(failure)
         self._pool.quarantine(generator_name, restart=restart)
 
-    async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool]]) -> None:
+    async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool, bool]]) -> None:
         """Several at once: the arguments of `release` after the stream."""
         for release in releases:
             await self.release(stream, *release)
@@ -261,6 +317,7 @@ class RolloutController:
             self._version = version
             self._changed.notify_all()
         self._watchdog.progress()
+        logger.info("version %d is published: the gate admits tickets below %d", version, self._gate)
         return PublishReport(
             version=version,
             num_bytes=max((ack.num_bytes for ack in acks), default=0),
@@ -282,7 +339,28 @@ class RolloutController:
             stop_reason=self._stop_reason,
             is_set_up=self._is_set_up.is_set(),
             num_evictions=self._num_evictions,
+            waits_for=self._waits_for(),
+            claims=self._claims_by_state(),
+            generators=self._generators_by_state(),
         )
+
+    def _waits_for(self) -> str:
+        if self._attempt == 0:
+            return "starting learners and generators"
+        if self._version >= 0:
+            return self._watchdog.learners
+        if (num_loading := self._pool.num_loading) == 0:
+            return "waiting for the learners' weights"
+        return f"waiting for {num_loading} of {len(self._pool.generators)} generators to load the weights"
+
+    def _claims_by_state(self) -> dict[str, int]:
+        places = [claim.where for claim in self._claims.values()]
+        waiting = {"at_gate": places.count(AT_THE_GATE), "without_generator": places.count(WITHOUT_GENERATOR)}
+        return waiting | {"at_generator": len(places) - sum(waiting.values())}
+
+    def _generators_by_state(self) -> dict[str, int]:
+        total, healthy, dead = len(self._pool.generators), len(self._pool.healthy), len(self._pool.dead)
+        return {"healthy": healthy, "not_ready": total - healthy - dead, "dead": dead}
 
     async def stop(self, reason: str) -> None:
         """End the run: learners that start from now on return at once."""
@@ -302,12 +380,51 @@ class RolloutController:
         if not self._background:
             loop = asyncio.get_running_loop()
             self._background = [loop.create_task(self._resize()), loop.create_task(self._watch())]
+            if self._gauges is not None:
+                self._background.append(loop.create_task(self._measure(self._gauges)))
+            if self._find_unplaced is not None:
+                self._background.append(loop.create_task(self._look_for_room(self._find_unplaced)))
 
     async def _resize(self) -> None:
         while True:
             await asyncio.sleep(RESIZE_PERIOD_S)
             waiting = sum(claim.where == WITHOUT_GENERATOR for claim in self._claims.values())
             self._pool.resize(time.monotonic(), waiting)
+
+    async def _measure(self, gauges: Gauges) -> None:
+        while True:
+            gauges.set(VERSION, self._version)
+            gauges.set(GATE, self._gate)
+            gauges.set(GENERATOR_FAILURES, self._pool.num_failures)
+            for state, count in self._claims_by_state().items():
+                gauges.set(CLAIMS, count, state=state)
+            for state, count in self._generators_by_state().items():
+                gauges.set(GENERATORS, count, state=state)
+            await asyncio.sleep(PERIOD_S)
+
+    async def _look_for_room(self, find_unplaced: Callable[[], Unplaced]) -> None:
+        """Say what waits for a machine. A run that cannot go on without one does not stand still because it hangs."""
+        since_s, patience_s = math.inf, ROOM_PATIENCE_S
+        while True:
+            await asyncio.sleep(ROOM_PERIOD_S)
+            try:
+                unplaced = await asyncio.to_thread(find_unplaced)
+            except Exception as error:  # of a head that is busy; the next look is soon
+                logger.warning("cannot see what waits for a machine: %s", last_line(error))
+                continue
+            self._pool.num_unplaced = unplaced.generators
+            now_s = time.monotonic()
+            if not unplaced:
+                if patience_s > ROOM_PATIENCE_S:
+                    self._warn("nothing waits for a machine any more")
+                since_s, patience_s = math.inf, ROOM_PATIENCE_S
+                continue
+            since_s = min(since_s, now_s)
+            if now_s - since_s >= patience_s:
+                self._warn(f"for {now_s - since_s:.0f} s {unplaced.text}")
+                patience_s *= 2
+            if unplaced.learners or unplaced.scorers or self._version < 0 or not self._pool.healthy:
+                self._watchdog.progress()  # nothing can
 
     async def _watch(self) -> None:
         while self._stop_reason is None:
@@ -373,6 +490,18 @@ def _fenced(row: int) -> Claim:
     prompt = Prompt(prompt_id=-1, prompt_ids=[], text="")
     error = f"row {row} belongs to a stream that has ended"
     return Claim(ticket=FENCED, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
+
+
+def _of_living_nodes(failures: list[_Failure]) -> list[_Failure]:
+    """Those that no lost node explains."""
+    living = living_nodes()
+    return [failure for failure in failures if not failure.node or failure.node in living]
+
+
+def living_nodes() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _was_restarted() -> bool:

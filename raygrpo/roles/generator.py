@@ -37,8 +37,10 @@ from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import GeneratorConfig, ModelConfig
 from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
+from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, GENERATOR_VERSION, PERIOD_S, Gauges
+from raygrpo.logs import about, always, open_log
 from raygrpo.lora import AdapterMerger
-from raygrpo.types import Prompt, Rollout, RolloutGroup
+from raygrpo.types import Prompt, Rollout, RolloutGroup, RunInfo
 from raygrpo.weights import PackedWeights, unpack
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class WeightsAck:
     num_bytes: int  # 0 where it had the version already
     drain_s: float  # until the running groups were finished
     load_s: float  # to verify and load
+    node: str = ""  # Ray's id of the generator's node; "" without Ray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,7 @@ class Generator:
         max_model_len: int,
         version_timeout_s: float = 900.0,
         deterministic: bool = False,
+        run: RunInfo | None = None,
     ):
         """Start the engine; returns when it is ready. Raises what the engine raises.
 
@@ -129,7 +133,11 @@ class Generator:
         version_timeout_s: how long `generate` waits for a version that was not published yet.
         deterministic: sample one group at a time, without anything cached from groups before it, so that its tokens
         depend on nothing else.
+        run: whose log and gauges this process writes; without it there are none.
         """
+        if run is not None:
+            open_log(run, name)
+            logger.info("starting the engine (%s)", generator.engine)
         self.name = name
         self._version_timeout_s = version_timeout_s
         self._version_changed = asyncio.Event()  # set, and replaced by a new one, at each change
@@ -142,6 +150,9 @@ class Generator:
         )
         num_threads = generator.num_threads or max(1, len(os.sched_getaffinity(0)) // generator.num_actors)
         self._worker.start(lambda: make_engine(model, generator, max_model_len=max_model_len, num_threads=num_threads))
+        logger.info("the engine is ready")
+        if run is not None:
+            threading.Thread(target=self._measure, args=(Gauges(run.name, generator=name),), daemon=True).start()
 
     async def generate(self, ticket: int, prompt: Prompt, seeds: list[int], min_version: int) -> RolloutGroup:
         """One completion for each seed, all sampled under one version, which is `min_version` or later.
@@ -167,7 +178,9 @@ class Generator:
         """
         served = (self._worker.attempt, self._worker.version)
         if (attempt, version) == served:
-            return WeightsAck(generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0)
+            return WeightsAck(
+                generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0, node=_node_id()
+            )
         if (attempt, version) < served:
             raise ValueError(
                 f"{self.name} serves version {served[1]} of attempt {served[0]}: "
@@ -187,6 +200,16 @@ class Generator:
 
     async def status(self) -> GeneratorStatus:
         return self._worker.status(waiting_for_version=self._waiting_for_version)
+
+    def _measure(self, gauges: Gauges) -> None:
+        while True:
+            status = self._worker.status(waiting_for_version=self._waiting_for_version)
+            gauges.set(GENERATOR_GROUPS, status.groups_running, state="running")
+            gauges.set(GENERATOR_GROUPS, status.groups_waiting, state="waiting")
+            gauges.set(GENERATOR_VERSION, status.version)
+            gauges.reach(GENERATOR_TOKENS, status.num_tokens)
+            gauges.reach(GENERATOR_BUSY, status.busy_s)
+            time.sleep(PERIOD_S)
 
     async def stacks(self) -> str:
         """Where every thread of the process is, innermost call last: for the watchdog's report."""
@@ -313,6 +336,8 @@ class EngineThread:
             group.result.set_exception(error)
             return
         self._running[group.engine_id] = group
+        with about(group=group.ticket):
+            logger.debug("begun by version %d, beside %d others", self.version, len(self._running) - 1)
 
     def _advance(self) -> None:
         start = time.perf_counter()
@@ -326,17 +351,22 @@ class EngineThread:
                 continue
             del self._running[engine_id]
             self._num_groups += 1
-            group.result.set_result(
-                RolloutGroup(
-                    ticket=group.ticket,
-                    prompt=group.prompt,
-                    policy_version=self.version,
-                    rollouts=[group.rollouts[i] for i in range(len(group.seeds))],
-                    generator=self._name,
-                    generate_start_s=group.start_s,
-                    generate_end_s=time.time(),
-                )
+            rollouts = [group.rollouts[i] for i in range(len(group.seeds))]
+            sampled = RolloutGroup(
+                ticket=group.ticket,
+                prompt=group.prompt,
+                policy_version=self.version,
+                rollouts=rollouts,
+                generator=self._name,
+                generate_start_s=group.start_s,
+                generate_end_s=time.time(),
+                attempt=self.attempt,
             )
+            with about(group=group.ticket):
+                num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+                seconds = sampled.generate_end_s - group.start_s
+                logger.info("sampled by version %d: %d tokens in %.3f s", self.version, num_tokens, seconds)
+            group.result.set_result(sampled)
 
     def _abort(self, group: _Group) -> None:
         if self._running.pop(group.engine_id, None):
@@ -352,10 +382,13 @@ class EngineThread:
             tensors = unpack(update.packed)
             self._engine.load_weights(self._to_weights(tensors) if self._to_weights else tensors)
         except ValueError as error:
+            logger.error("version %d of attempt %d is refused: %s", update.version, update.attempt, error)
             update.result.set_exception(error)
             return
         self.attempt, self.version = update.attempt, update.version
+        always(attempt=update.attempt)
         load_s = time.perf_counter() - start
+        logger.info("loaded version %d in %.3f s", update.version, load_s)
         self._busy_s += load_s
         update.result.set_result(
             WeightsAck(
@@ -364,6 +397,7 @@ class EngineThread:
                 num_bytes=update.packed.num_bytes,
                 drain_s=start - update.received_s,
                 load_s=load_s,
+                node=_node_id(),
             )
         )
 
@@ -383,3 +417,8 @@ class EngineThread:
             message = self.inbox.get()
             if not isinstance(message, _Abort) and message.result.set_running_or_notify_cancel():
                 message.result.set_exception(error)
+
+
+def _node_id() -> str:
+    ray = sys.modules.get("ray")  # a process with a Ray has imported it
+    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
+CONFIRM_TIMEOUT_S = 30.0  # for a generator to say that it holds the version
 
 
 class GeneratorPool:
@@ -49,7 +50,9 @@ class GeneratorPool:
         self.generators: dict[str, Any] = {}  # handles
         self.healthy: set[str] = set()
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
+        self.nodes: dict[str, str] = {}  # where those are that have loaded a version
         self.num_failures = 0
+        self.num_unplaced = 0  # those that Ray has no machine for; the controller finds out
         self._settings = settings
         self._changed = changed
         self._warn = warn
@@ -77,6 +80,11 @@ class GeneratorPool:
     @property
     def all_dead(self) -> bool:
         return len(self.dead) == len(self.generators)
+
+    @property
+    def num_loading(self) -> int:
+        """Generators that have been given a version and not acknowledged it yet."""
+        return sum(lock.locked() for lock in self._loading.values())
 
     @property
     def cause_of_death(self) -> str:
@@ -115,33 +123,56 @@ class GeneratorPool:
                 continue
             failed[name] = result
             self._warn(f"{name} did not load version {version}: {last_line(result)}")
-            self.quarantine(name, restart=isinstance(result, TimeoutError))
+            self.quarantine(name, restart=self._hangs(result))
         if not acks:
             await self._wait_for_a_revival(version, failed)
         return acks, list(failed)
 
     async def _wait_for_a_revival(self, version: int, failed: dict[str, BaseException]) -> None:
         """Until a generator came back with the version, which _revive sees to. Raises RuntimeError when that is
-        hopeless (all refuse the weights, or are dead) or takes too long."""
+        hopeless (all refuse the weights, or are dead) or takes too long, though Ray has a machine for each."""
         reason = "; ".join(last_line(error) for error in failed.values()) or "all are restarting"
         if failed and all(isinstance(error, ValueError) for error in failed.values()):
             raise RuntimeError(f"no generator loaded version {version}: {reason}")
         async with self._changed:
-            try:
-                async with asyncio.timeout(self._settings.load_timeout_s):
-                    await self._changed.wait_for(lambda: self.healthy or self.all_dead)
-            except TimeoutError:
-                raise RuntimeError(
-                    f"no generator loaded version {version} within {self._settings.load_timeout_s:g} s: {reason}"
-                ) from None
+            while not (self.healthy or self.all_dead):
+                try:
+                    async with asyncio.timeout(self._settings.load_timeout_s):
+                        await self._changed.wait_for(lambda: self.healthy or self.all_dead)
+                except TimeoutError:
+                    if not self.num_unplaced:
+                        limit = f"{self._settings.load_timeout_s:g} s"
+                        raise RuntimeError(f"no generator loaded version {version} within {limit}: {reason}") from None
         if self.all_dead:
             raise RuntimeError(self.cause_of_death)
+
+    def _hangs(self, error: BaseException) -> bool:
+        """One that waits for a machine does not answer either."""
+        return isinstance(error, TimeoutError) and not self.num_unplaced
 
     async def _load(self, name: str) -> WeightsAck:
         """Load what is the latest version now."""
         attempt, version, weights = self._attempt, self._version, self._weights
         async with asyncio.timeout(self._settings.load_timeout_s), self._loading[name]:
-            return await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
+            ack = await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
+        self.nodes[name] = ack.node
+        return ack
+
+    async def confirm(self, name: str) -> bool:
+        """Whether this generator lives and holds the latest version, in its own words. Quarantines it otherwise.
+
+        A node takes all its generators with it, and the first groups to fail say so of one of them only.
+        """
+        if self._version < 0:
+            return False
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+                await self._load(name)  # one that has it answers at once
+        except Exception as error:
+            logger.warning("%s does not answer: %s", name, last_line(error))
+            self.quarantine(name, restart=False)
+            return False
+        return name in self.healthy
 
     # Failures.
 
@@ -175,7 +206,7 @@ class GeneratorPool:
                 break
             except Exception as error:
                 logger.warning("%s is not back yet: %s", name, last_line(error))
-                if isinstance(error, TimeoutError):
+                if self._hangs(error):
                     restart_actor(self.generators[name])
                 await asyncio.sleep(REVIVAL_PAUSE_S)
                 continue
@@ -233,7 +264,7 @@ class GeneratorPool:
         while self._outstanding[name] > 0 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.1)
         handle = self.generators.pop(name)
-        for record in (self._outstanding, self._loading, self.dead):
+        for record in (self._outstanding, self._loading, self.dead, self.nodes):
             record.pop(name, None)
         self._extra.remove(name)
         self._leaving.discard(name)

@@ -10,8 +10,10 @@ version, report. What it waits for, and what unblocks it:
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from raygrpo.checkpoint import Checkpoint, CheckpointStore, RunState
 from raygrpo.config import ModelConfig, RunConfig
+from raygrpo.logs import about, always, open_log
 from raygrpo.lora import add_adapters, merge, split_adapters
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval, covered_seconds, stage_seconds
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from raygrpo.roles.link import RayLink, RunLink
     from raygrpo.shared_prefix.cost import ModelShape
 
+logger = logging.getLogger(__name__)
 
 SEGMENT, TAIL = "segment", "tail"  # datasets: of checkpoint.every steps, and of those that are left at the end
 RESUME_NEEDS = {
@@ -72,6 +76,7 @@ def run_learner(setup: LearnerSetup, link: RayLink) -> None:
     """The train loop of one worker (Ray Train calls it on every rank)."""
     import ray.train
 
+    open_log(link.run, f"learner-{ray.train.get_context().get_world_rank()}")
     if link.stop_reason() is not None:
         return
     link.leave_when_evicted()
@@ -92,6 +97,12 @@ def learn(setup: LearnerSetup, stream: Callable[[str], Callable[[], ScoredGroup]
 
     An execution takes seconds to begin: the first one does while the policy is built, the others during a checkpoint.
     """
+    run_dir = Path(setup.checkpoint_dir).parent
+    if not run_dir.exists():  # a node that joined after the driver had asked all (jobs/driver.py)
+        raise RunStopped(
+            f"the run's directory {run_dir} is not there on {platform.node()}, where a learner started: set output_dir "
+            "to storage that all nodes share"
+        )
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed 0.19.8 against torch 2.13
     learner = Learner(setup, stream)
     coming = segments(setup.config, learner.first_step)
@@ -132,7 +143,7 @@ class Learner:
         self._committing: Future[None] | None = None
         self._is_checked = False
         self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
-        self._failed_checkpoints = 0
+        self._failed_checkpoints = 0  # since the last step was reported
         self._generator_failures = 0  # that earlier steps reported
         self._rank = dist.get_rank()
         self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
@@ -147,6 +158,9 @@ class Learner:
         if self._rank == 0:
             at_least = self._checkpoint.state.attempt + 1 if self._checkpoint is not None else 0
             self._attempt = self._link.begin_attempt(at_least)
+        self._attempt = _gather(self._attempt)[0]
+        always(attempt=self._attempt)
+        logger.info("learning begins at step %d", self.first_step)
 
     @property
     def first_step(self) -> int:
@@ -215,6 +229,7 @@ class Learner:
             self._failed_checkpoints += 1
             self._link.warn(f"the checkpoint of step {state.step} was not written: {failure}")
         for checkpoint in whole:
+            logger.info("the checkpoint of step %d is whole", state.step)
             path, kept = str(checkpoint.directory), self._checkpoints.steps()
             self._link.log_checkpoint(state.step, path, checkpoint.digest, state.mean_reward, kept)
 
@@ -238,6 +253,7 @@ class Learner:
     def train_segment(self, segment: Segment) -> None:
         """All of its steps, from this rank's share of their groups."""
         for step in range(segment.first_step, segment.end_step):
+            always(step=step)
             # On-policy, the next group cannot come before the acks; else generating goes on while they come.
             if self._config.max_staleness == 0:
                 self._report()
@@ -251,6 +267,12 @@ class Learner:
                 self._link.learners_do(f"training step {step}")
             metrics, advantages = self._updater.update(groups, step)
             learn_end_s = time.time()
+            logger.info(
+                "trained in %.3f s after %.3f s of waiting: mean reward %.4g",
+                learn_end_s - learn_start_s,
+                learn_start_s - wait_start_s,
+                metrics["reward/mean"],
+            )
             if not self._is_checked:
                 self._check_generators(metrics)
             self._rewards.append(metrics["reward/mean"])
@@ -286,6 +308,8 @@ class Learner:
                     f"group {group.ticket} was sampled by version {group.policy_version}, but step {step} accepts "
                     f"staleness 0 to {self._config.max_staleness}"
                 )
+            with about(group=group.ticket):
+                logger.info("arrived, sampled by version %d of %s", group.policy_version, group.generator)
         return groups
 
     def _check_generators(self, metrics: StepMetrics) -> None:
@@ -334,6 +358,7 @@ class Learner:
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
                 metrics["faults/generator_failures"] = float(report.generator_failures - self._generator_failures)
                 metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
+                self._failed_checkpoints = 0
                 metrics["run/attempt"] = float(self._attempt)
                 self._link.log_step(step, metrics)
                 self._step_start_s = end_s

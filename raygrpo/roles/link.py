@@ -13,7 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from raygrpo.types import ScoredGroup, StepMetrics
+from raygrpo.gauges import Gauges
+from raygrpo.types import RunInfo, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
     import ray
@@ -62,7 +63,9 @@ class RayLink:
 
     controller: ActorHandle
     tracker: ActorHandle
+    run: RunInfo
     _publishing: ray.ObjectRef | None = None
+    _gauges: Gauges | None = None
 
     def begin_attempt(self, at_least: int) -> int:
         import ray
@@ -94,6 +97,8 @@ class RayLink:
 
     def log_step(self, step: int, metrics: StepMetrics) -> None:
         self.tracker.log_step.remote(step, metrics)
+        self._gauges = self._gauges or Gauges(self.run.name)
+        self._gauges.set_step(step, metrics)
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         self.tracker.log_samples.remote(step, groups, advantages)
@@ -136,7 +141,7 @@ class RayLink:
                 except ray.exceptions.RayError:  # a controller that is away; the learner's own calls will notice
                     continue
                 if now > first:
-                    logger.error("the watchdog restarts the learners")
+                    logger.error("the watchdog restarts the learners: this process ends")
                     os._exit(1)
 
         threading.Thread(target=watch, name="eviction", daemon=True).start()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # Rows whose logits exist at a time: enough to keep a device busy with one product of [rows, d] and [d, V].
-_CHUNK_ROWS = {"cpu": 512, "cuda": 1024}
+CHUNK_ROWS = {"cpu": 512, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, request: HeadRequest):
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        chunk_rows = request.chunk_rows or _CHUNK_ROWS.get(hidden.device.type, 1024)
+        chunk_rows = request.chunk_rows or CHUNK_ROWS.get(hidden.device.type, 1024)
         chunks = list(_chunks(rows, hidden.shape[0], chunk_rows))
         logprobs = torch.empty(rows.shape, dtype=precision, device=hidden.device)
         entropy = torch.empty_like(logprobs) if request.entropy else None

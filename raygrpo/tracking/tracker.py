@@ -23,6 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from raygrpo.config import RunConfig
+from raygrpo.logs import about, open_log
 from raygrpo.tracking.figures import RewardCurve
 from raygrpo.tracking.journal import Journal, Record
 from raygrpo.tracking.machine import MachineMetrics
@@ -31,7 +32,7 @@ from raygrpo.tracking.samples import sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
 from raygrpo.tracking.traces import choose_groups, group_trace
 from raygrpo.tracking.writer import Writer
-from raygrpo.types import ScoredGroup, StepMetrics
+from raygrpo.types import RunInfo, ScoredGroup, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,11 @@ class Tracker:
         tags: dict[str, str] | None = None,
         links: dict[str, str] | None = None,
         resume_command: str | None = None,
+        run_info: RunInfo | None = None,
         machines: Callable[[], StepMetrics] | None = None,
     ) -> None:
+        if run_info is not None:  # this process is the tracker's alone
+            open_log(run_info, "tracker")
         self._config = config
         self._run_dir = Path(run_dir).expanduser().absolute()
         self._machines = machines or MachineMetrics()
@@ -114,6 +118,7 @@ class Tracker:
         except OSError as error:
             logger.error("cannot write %s: %s", self._run_dir / CONFIG_FILE, error)
         self._writer.add_item({"kind": "text", "artifact_file": CONFIG_FILE, "text": config_text})
+        logger.info("tracks to %s%s", without_password(self._writer.run.uri), ", a run that goes on" * self._resumed)
         if self._resumed:
             self._writer.add_item({"kind": "status", "status": "RUNNING", "end_time_ms": None})
         if self._config.tracking.system_metrics:
@@ -155,6 +160,8 @@ class Tracker:
         if self._config.tracking.system_metrics:
             values |= self._machines()
         self._add_record(Record(int(step), _now_ms(), values))
+        with about(step=int(step)):
+            logger.info("recorded %d metrics", len(values))
         every = self._config.tracking.figure_every
         if every and step % every == 0 and "reward/mean" in values:
             self._writer.add_chore(self._draw)
@@ -228,6 +235,7 @@ class Tracker:
             self._writer.add_item(
                 {"kind": "text", "artifact_file": "summary.json", "text": json.dumps(summary, indent=2, default=str)}
             )
+        logger.info("the run ends as %s", status)
         self._draw()
         self._writer.add_item({"kind": "status", "status": status, "end_time_ms": _now_ms()})
         if policy is not None and (register := self._config.tracking.register_model):

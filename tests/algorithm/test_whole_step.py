@@ -113,7 +113,7 @@ def test_shared_prefix_order_token_budget_accumulation_padding_and_head_chunks(
             return loss
 
         model().zero_grad(set_to_none=True)
-        with mock.patch.dict(head._CHUNK_ROWS, cpu=data.draw(st.integers(1, 40), label="rows of a chunk of the head")):
+        with mock.patch.dict(head.CHUNK_ROWS, cpu=data.draw(st.integers(1, 40), label="rows of a chunk of the head")):
             accumulate_gradients(model(), groups, loss_fn, budget, temperature=TEMPERATURE, entropy=True, counts=padded)
         found = {name: p.grad.clone() for name, p in model().named_parameters() if p.grad is not None}
     assert sum(losses) == pytest.approx(expected, rel=1e-9, abs=1e-11)

@@ -17,6 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from raygrpo.config import GeneratorConfig
 from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
+from raygrpo.roles import controller as controller_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
 from raygrpo.types import FENCED
@@ -38,6 +39,7 @@ class FakeGenerator:
 
     def __init__(self, name: str, on_load: Callable[[int], Awaitable[None]] | None = None):
         self.name = name
+        self.node = f"node of {name}"
         self.version = 0
         self.loading = False
         self.loads: list[tuple[int, int, Any]] = []  # attempt, version, weights
@@ -58,7 +60,7 @@ class FakeGenerator:
             self.loading = False
         self.version = version
         self.loads.append((attempt, version, weights[0]))
-        return SimpleNamespace(generator=self.name, version=version, num_bytes=100)
+        return SimpleNamespace(generator=self.name, version=version, num_bytes=100, node=self.node)
 
 
 def prompt_set(num: int = NUM_PROMPTS) -> PromptSet:
@@ -481,7 +483,10 @@ def test_generators_that_do_not_come_back_in_time_are_an_error():
     asyncio.run(run())
 
 
-def test_a_ticket_on_which_generators_keep_failing_is_given_up():
+def test_a_ticket_on_which_generators_keep_failing_is_given_up(monkeypatch):
+    nodes = {f"node of {name}" for name in "abcd"}
+    monkeypatch.setattr(controller_module, "living_nodes", lambda: nodes)
+
     async def run() -> None:
         controller = make_controller(*(FakeGenerator(name) for name in "abcd"))
         stream = await begin(controller)
@@ -496,6 +501,58 @@ def test_a_ticket_on_which_generators_keep_failing_is_given_up():
         for name in tried:
             assert f"{name}: no memory on {name}" in given_up.error
         assert (await controller.claim(stream, 2)).generator is not None, "other tickets go on"
+
+        nodes.remove(f"node of {tried[0]}")
+        claim = await controller.claim(stream, 1)
+        assert claim.generator is not None, "what a lost node explains does not count"
+        await controller.release(stream, 1, claim.generator_name, "no memory here either")
+        assert (await controller.claim(stream, 1)).generator is None, "that was the third on a node that lives"
+
+    asyncio.run(run())
+
+
+def test_a_failure_that_the_group_cannot_have_caused_does_not_count_against_it(monkeypatch):
+    monkeypatch.setattr(controller_module, "living_nodes", lambda: {"node of a"})
+
+    async def run() -> None:
+        controller = make_controller(FakeGenerator("a"))
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        for _ in range(2 * MAX_ATTEMPTS):
+            claim = await controller.claim(stream, 1)
+            assert claim.generator is not None
+            await controller.release(stream, 1, "a", "TimeoutError: a has version 0", begun=False)
+        assert controller._pool.num_failures == 2 * MAX_ATTEMPTS, "it is quarantined all the same"
+
+    asyncio.run(run())
+
+
+def test_a_node_that_takes_many_generators_with_it_costs_a_ticket_one_failure():
+    """Until somebody asks them, nobody knows that they are gone."""
+
+    async def run() -> None:
+        lost = True
+
+        async def load(version: int) -> None:
+            if lost and version == 1:
+                raise ActorUnavailableError("the node is gone", None)
+
+        generators = [FakeGenerator(name, load) for name in "abcd"]
+        controller = make_controller(*generators)
+        stream = await begin(controller, first_ticket=4)
+        lost = False
+        await controller.publish(1, WEIGHTS)
+        claim = await controller.claim(stream, 0)
+        lost = True
+        await controller.release(stream, 4, claim.generator_name, "ActorUnavailableError")
+        again = asyncio.create_task(controller.claim(stream, 0))
+        await wait_until(lambda: not controller._pool.healthy)
+        assert not again.done(), "it went to none of the others, and waits"
+        assert [len(failures) for failures in controller._failures.values()] == [1]
+        assert controller._pool.num_failures == len(generators)
+        lost = False
+        assert (await again).generator in generators
+        assert sum(controller._pool._outstanding.values()) == 1
 
     asyncio.run(run())
 
