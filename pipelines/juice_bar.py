@@ -59,14 +59,17 @@ def write_answer(prices: list[int]) -> str:
     return " ".join(map(str, prices))
 
 
-def lowest_prices(completion: str, answer: str) -> float:
-    """Share of the lowest prices that are named; 0 for anything but a list of as many prices, each above the last."""
+def lowest_prices(completion: str, answer: str) -> tuple[float, str]:
+    """Share of the lowest prices that are named; 0 for anything but a list of as many prices, each above the last. With
+    it, for MLflow's traces, why."""
     try:
         given = [int(word) for word in completion.split()]
     except ValueError:
-        return 0.0
+        return 0.0, "not a list of prices"
     expected = [int(word) for word in answer.split()]
-    rising = all(price < following for price, following in pairwise(given))
-    if len(given) != len(expected) or not rising:
-        return 0.0
-    return len(set(given) & set(expected)) / len(expected)
+    if len(given) != len(expected):
+        return 0.0, f"{len(given)} prices instead of {len(expected)}"
+    if not all(price < following for price, following in pairwise(given)):
+        return 0.0, "not in rising order"
+    named = len(set(given) & set(expected))
+    return named / len(expected), f"{named} of the {len(expected)} lowest prices"

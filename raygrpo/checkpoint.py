@@ -52,6 +52,11 @@ class Checkpoint:
     directory: Path
     state: RunState
 
+    @property
+    def digest(self) -> str:
+        """Of what its manifest says: of every file, and of where the run stood."""
+        return xxhash.xxh3_128((self.directory / MANIFEST).read_bytes()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Manifest:
@@ -131,6 +136,10 @@ class CheckpointStore:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.error("the checkpoint %s is damaged and is passed over: %s", directory, error)
         return None
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints on disk, ascending; not verified."""
+        return sorted(int(directory.name.removeprefix("step-")) for directory in self._directories())
 
     def _directories(self) -> list[Path]:
         """Newest first."""

@@ -164,6 +164,86 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    config: ConfigArgument,
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=A,B...",
+            help="Settings, some with several values (seed=0,1,2): every combination is trained. Commas inside "
+            "[], {} and quotes do not count: data.args={a: 1, b: 2} has one value, key=[1,2],[3,4] has two.",
+            show_default=False,
+        ),
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest sweep of this name: finished runs are skipped.")
+    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Each run in one process, as with `raygrpo train`.")] = False,
+) -> None:
+    """Train every combination of some settings, one after another, and compare them.
+
+    Each is a `raygrpo train` of its own; one that fails costs the others nothing. Their MLflow runs are nested under
+    the sweep's, whose page has the table and the picture of all of them.
+
+    Example: raygrpo sweep pipelines/quickstart.yaml seed=0,1,2 learner.optimizer.lr=1e-4,3e-4
+    """
+    import shlex
+
+    from rich.console import Console
+
+    from raygrpo.sweep import sweep as run
+
+    options = ["--local"] * local
+    command = shlex.join(["raygrpo", "sweep", str(config), *overrides, *options, "--resume"])
+    try:
+        complete = _or_exit(lambda: run(config, overrides, Console(), resume=resume, options=options, command=command))
+    except KeyboardInterrupt:
+        _fail(f"stopped; go on with: {command}")
+    if not complete:
+        _fail(f"some runs failed; try those again with: {command}")
+
+
+@app.command()
+def ui(
+    config: Annotated[
+        Path | None, typer.Argument(help="A run's YAML; without one, the store of ./runs.", show_default=False)
+    ] = None,
+    overrides: OverridesArgument = None,
+    port: Annotated[int | None, typer.Option(help="Of this machine; by default any that is free.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open a browser, where there is a screen.")] = True,
+) -> None:
+    """Open the MLflow UI on the store that CONFIG tracks to.
+
+    A local store is served by this command until Ctrl-C; of a server, only the address is shown.
+
+    Example: raygrpo ui pipelines/quickstart.yaml
+    """
+    from raygrpo.tracking.store import resolve_store, without_password
+    from raygrpo.tracking.ui import is_server, open_browser, serve
+
+    settings = _load(config, overrides) if config else None
+    output_dir = settings.output_dir if settings else "runs"
+    uri = _or_exit(lambda: resolve_store(settings.tracking.uri if settings else None, output_dir))
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.exists():
+        _fail(f"there is no MLflow store at {database} yet: train first, or name the YAML of a run")
+
+    def show(address: str) -> None:
+        typer.echo(f"MLflow shows {without_password(uri)} at {without_password(address)}")
+        if browser:
+            open_browser(address)
+
+    if is_server(uri):
+        show(uri)
+        return
+    typer.echo("starting MLflow; Ctrl-C ends it")
+    try:
+        serve(uri, port, show)
+    except RuntimeError as error:
+        _fail(str(error))
+
+
+@app.command()
 def submit(
     config: ConfigArgument,
     overrides: OverridesArgument = None,

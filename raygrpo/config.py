@@ -227,10 +227,18 @@ class TrackingConfig(Section):
     figure_every: NonNegativeInt = 10
     """Steps between refreshes of the reward-curve figure; 0: only at the end."""
     system_metrics: bool = True
-    """Log CPU, memory and disk of the machine that tracks, averaged over each step."""
+    """Log CPU, memory, disk and GPUs of each machine that the run is on."""
+    parent_run: str | None = None
+    """Id of the MLflow run under which this one is nested; `raygrpo sweep` sets it."""
+    register_model: Annotated[str, Field(pattern="^[^/:]+$")] | None = None
+    """At the end, copy the trained policy into MLflow's model registry, as a new version of this name."""
     finish_timeout_s: NonNegativeFloat = 60.0
     """Longest wait, at the end of a run, for an MLflow server that does not answer; the rest stays in the run's
     directory for later."""
+
+    def shows_samples(self, step: int) -> bool:
+        """Whether it is this step's turn (samples_every)."""
+        return self.samples_every > 0 and step % self.samples_every == 0
 
 
 class RunConfig(Section):

@@ -32,6 +32,7 @@ from raygrpo.train import (
     RunResult,
     Watcher,
     driver_log,
+    exported_policy,
     latest_run_directory,
     new_run_directory,
     run_info,
@@ -112,7 +113,8 @@ def _train(prepared: PreparedRun, watcher: Watcher, run_dir: Path, resume_comman
     finally:
         history = tracker.history()
         evaluations = tracker.evaluations()
-        links = tracker.finish(status, summarise(history, evaluations).as_dict())
+        summary = summarise(history, evaluations).as_dict()
+        links = tracker.finish(status, summary, exported_policy(run_dir, status))
     return run_result(run_dir, history, evaluations, links)
 
 
@@ -231,6 +233,9 @@ class LocalRun:
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         self._tracker.log_samples(step, groups, advantages)
+
+    def log_checkpoint(self, step: int, path: str, digest: str, mean_reward: float, kept: list[int]) -> None:
+        self._tracker.log_checkpoint(step, path, digest, mean_reward, kept)
 
     def warn(self, text: str) -> None:
         self._watcher.on_warning(text)

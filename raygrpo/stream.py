@@ -71,9 +71,17 @@ ROLLOUT_TYPE = pa.struct(
         ("behaviour_logprobs", pa.list_(pa.float32())),
         ("finish_reason", pa.string()),
         ("text", pa.string()),
+        ("end_s", pa.float64()),
     ]
 )
-REWARD_TYPE = pa.struct([("total", pa.float64()), ("components", pa.list_(pa.float64())), ("error", pa.string())])
+REWARD_TYPE = pa.struct(
+    [
+        ("total", pa.float64()),
+        ("components", pa.list_(pa.float64())),
+        ("rationales", pa.list_(pa.string())),
+        ("error", pa.string()),
+    ]
+)
 GROUP_SCHEMA = pa.schema(
     [
         ("ticket", pa.int64()),

@@ -129,7 +129,9 @@ def _train(
     finally:
         history: Any = ray.get(tracker.history.remote())
         evaluations: Any = ray.get(tracker.evaluations.remote())
-        links: Any = ray.get(tracker.finish.remote(status, summarise(history, evaluations).as_dict()))
+        summary = summarise(history, evaluations).as_dict()
+        policy = exported_policy(Path(run.directory), status)
+        links: Any = ray.get(tracker.finish.remote(status, summary, policy))
         for actor in (*generators.values(), *([evaluator] if evaluator else []), controller, tracker):
             ray.kill(actor)  # on a cluster that goes on after us
     return history, evaluations, links
@@ -164,6 +166,11 @@ def new_run_directory(config: RunConfig) -> Path:
     latest.unlink(missing_ok=True)
     latest.symlink_to(run_dir.name)
     return run_dir
+
+
+def exported_policy(run_dir: Path, status: str) -> str | None:
+    """Where a run that ended with this status left the trained policy; None where it did not get so far."""
+    return str(run_dir / EXPORT_DIR) if status == "FINISHED" else None
 
 
 def latest_run_directory(config: RunConfig) -> Path:
@@ -289,6 +296,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 def launch_tracker(config: RunConfig, run: RunInfo, resume_command: str | None, dashboard: str | None) -> Any:
     import ray
 
+    from raygrpo.roles.nodes import NodeMetrics
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(
@@ -298,9 +306,20 @@ def launch_tracker(config: RunConfig, run: RunInfo, resume_command: str | None, 
         max_concurrency=4,
         max_restarts=-1,  # it finds its run again in run_dir, and repeats no point
         max_task_retries=-1,
+        # glibc gives each of its threads a heap of its own, in which pictures and tables leave holes that the others
+        # cannot use: the process would grow for hundreds of steps.
+        runtime_env={"env_vars": {"MALLOC_ARENA_MAX": "1"}},
     )
     tags, links = identify(dashboard)
-    tracker = actor.remote(config, run.directory, tags=tags, links=links, resume_command=resume_command, run_info=run)
+    tracker = actor.remote(
+        config,
+        run.directory,
+        tags=tags,
+        links=links,
+        resume_command=resume_command,
+        run_info=run,
+        machines=NodeMetrics(),
+    )
     ray.get(tracker.start.remote())
     return tracker
 

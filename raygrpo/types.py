@@ -58,6 +58,7 @@ class Rollout:
     behaviour_logprobs: list[float]  # [C], natural log, from the generator, at sampling time, after temperature
     finish_reason: FinishReason
     text: str  # decoded, special tokens left out: what rewards read
+    end_s: float = field(compare=False)  # unix time at which it was complete; all of a group begin together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,7 @@ class Reward:
     total: float  # weighted sum; 0.0 where `error` is set
     components: list[float]  # [K], unweighted, in the order of the configuration; NaN from the function that failed on
     error: str = ""  # why a function failed; a failed rollout has advantage 0 and no loss
+    rationales: list[str] = field(default_factory=list)  # [K], what each was given for ("": not said); [] where none is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,10 @@ def row_to_group(row: dict[str, Any]) -> RolloutGroup:
 
 def scored_group_to_row(scored: ScoredGroup) -> dict[str, Any]:
     """As `group_to_row`, one level up."""
-    rewards = [_plain(reward) | {"error": _encodable(reward.error)} for reward in scored.rewards]
+    rewards = [
+        _plain(reward) | {"error": _encodable(reward.error), "rationales": [*map(_encodable, reward.rationales)]}
+        for reward in scored.rewards
+    ]
     return _plain(scored) | {"group": group_to_row(scored.group), "rewards": rewards}
 
 

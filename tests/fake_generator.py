@@ -64,6 +64,7 @@ class FakeGenerator:
                     behaviour_logprobs=[-0.5, -0.25],
                     finish_reason="stop",
                     text=prompt.answer if is_right else "no",
+                    end_s=time.time(),
                 )
                 for i, (seed, is_right) in enumerate(zip(seeds, right, strict=True))
             ],

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-FAMILIES = "reward|policy|completions|prompts|sampling|staleness|prefix|timing_s|perf|faults|weights"
+FAMILIES = "reward|policy|completions|prompts|sampling|staleness|prefix|timing_s|perf|faults|weights|checkpoint"
 
 
 def documented() -> set[str]:

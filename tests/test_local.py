@@ -88,6 +88,15 @@ def test_a_run_trains_reports_and_goes_on(run):
         assert metrics["sampling/logprob_diff"] < 1e-4, "the engine got the learner's weights"
         assert all(math.isfinite(value) for value in metrics.values())
     assert whole.links.undelivered == 0
+    client = Store(whole.links.tracking_uri).client
+    experiment = client.get_run(whole.links.run_id).info.experiment_id
+    models = {model.name: model for model in client.search_logged_models([experiment])}
+    assert set(models) == {"step-000002", "step-000003"}
+    for model in models.values():
+        newest = CheckpointStore(Path(model.params["path"]).parent, keep=2)
+        assert Path(model.params["path"], "manifest.json").is_file() and int(model.params["step"]) in newest.steps()
+    assert models["step-000003"].params["digest"] == newest.newest().digest
+    assert models["step-000003"].metrics[0].value == pytest.approx(whole.history[2]["reward/mean"])
     first, _ = run("name=parts", "num_steps=2")
     second, recorder = run("name=parts", resume=True)
     assert recorder.steps == [0, 1, 2] and second.run_dir == first.run_dir

@@ -40,6 +40,7 @@ def rollouts(draw):
         behaviour_logprobs=draw(st.lists(logprob, min_size=len(completion_ids), max_size=len(completion_ids))),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         text=draw(texts),
+        end_s=draw(seconds),
     )
 
 
@@ -74,7 +75,10 @@ def scored_groups(draw):
 @settings(deadline=None)
 @given(st.lists(groups, max_size=3))
 def test_rollout_groups_round_trip(groups):
-    assert table_to_groups(groups_to_table(groups)) == groups
+    back = table_to_groups(groups_to_table(groups))
+    assert back == groups
+    times = [[[rollout.end_s for rollout in group.rollouts] for group in some] for some in (back, groups)]
+    assert times[0] == times[1]  # no part of what a rollout is: == does not compare them
 
 
 @settings(deadline=None)
@@ -90,7 +94,7 @@ def test_scored_groups_round_trip(groups):
 
 def make_group(**changes):
     prompt = Prompt(prompt_id=3, prompt_ids=[1, 2], text="p", answer=None, row={})
-    rollout = Rollout(completion_ids=[5], behaviour_logprobs=[-0.5], finish_reason="stop", text="t")
+    rollout = Rollout(completion_ids=[5], behaviour_logprobs=[-0.5], finish_reason="stop", text="t", end_s=2.0)
     group = RolloutGroup(
         ticket=1,
         prompt=prompt,
@@ -120,16 +124,19 @@ def test_a_group_without_rollouts_keeps_its_error():
 def test_half_a_surrogate_pair_in_a_message_does_not_stop_the_stream():
     """Python strings can hold what UTF-8 cannot; a user's exception may carry one, e.g. from a file name."""
     group = make_group(rollouts=[], error="no file \ud800.txt")
-    reward = Reward(total=0.0, components=[], error="ValueError: \udcff")
+    reward = Reward(total=0.0, components=[], error="ValueError: \udcff", rationales=["no \udcff"])
     scored = ScoredGroup(group=group, rewards=[reward], score_start_s=0.0, score_end_s=0.0)
     (back,) = table_to_scored_groups(scored_groups_to_table([scored]))
     assert back.group.error == "no file ?.txt"
     assert back.rewards[0].error == "ValueError: ?"
+    assert back.rewards[0].rationales == ["no ?"]
 
 
 def test_log_probabilities_lose_nothing_that_float32_holds():
     values = [float(np.float32(x)) for x in (-1e-7, -0.1, -17.25, -0.0)]
-    rollout = Rollout(completion_ids=[1, 2, 3, 4], behaviour_logprobs=values, finish_reason="length", text="")
+    rollout = Rollout(
+        completion_ids=[1, 2, 3, 4], behaviour_logprobs=values, finish_reason="length", text="", end_s=2.0
+    )
     (back,) = table_to_groups(groups_to_table([make_group(rollouts=[rollout])]))
     assert back.rollouts[0].behaviour_logprobs == values
 

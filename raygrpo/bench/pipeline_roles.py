@@ -194,4 +194,5 @@ def rollout(index: int) -> Rollout:
         behaviour_logprobs=[-0.1 * place for place in range(COMPLETION_TOKENS)],
         finish_reason="stop",
         text=f"answer {index} " * (COMPLETION_TOKENS // 3),
+        end_s=0.0,
     )

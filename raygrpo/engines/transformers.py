@@ -14,6 +14,7 @@ G: completions of a group still unfinished; V: vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,6 +155,7 @@ class TransformersEngine:
             behaviour_logprobs=sample.logprobs,
             finish_reason="stop" if stopped else "length",
             text=self._tokenizer.decode(sample.completion_ids, skip_special_tokens=True),
+            end_s=time.time(),
         )
 
 

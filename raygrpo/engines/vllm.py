@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,7 @@ class VllmEngine:
             behaviour_logprobs=logprobs,
             finish_reason=completion.finish_reason,
             text=self._tokenizer.decode(completion_ids, skip_special_tokens=True),
+            end_s=time.time(),
         )
 
 

@@ -5,6 +5,7 @@ killed; child.py is that process; functions.py says what a reward function may l
 built-in reward each.
 """
 
+from raygrpo.rewards.score import Score
 from raygrpo.rewards.scorer import RewardCheck, Scorer, check_rewards
 
-__all__ = ["RewardCheck", "Scorer", "check_rewards"]
+__all__ = ["RewardCheck", "Score", "Scorer", "check_rewards"]

@@ -22,6 +22,8 @@ from raygrpo.imports import describe_exception
 from raygrpo.rewards.functions import RewardFunction, load_function
 from raygrpo.rewards.wire import receive, send
 
+MAX_RATIONALE = 300  # characters that are kept: each completion of a run carries one for each function
+
 _reported: set[str] = set()  # places where functions failed
 
 
@@ -97,16 +99,21 @@ async def _answer_async(
 
 
 def as_reward(value: Any) -> dict[str, Any]:
-    """A finite float, or why it is none. Booleans, NumPy scalars and one-element tensors are numbers, texts are not."""
+    """A finite float, with its rationale, or why it is none. Booleans, NumPy scalars and one-element tensors are
+    numbers, texts are not."""
+    number: Any = value
+    rationale = getattr(value, "rationale", "")
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
+        number, rationale = value
     try:
-        if isinstance(value, str | bytes):
+        if isinstance(number, str | bytes):
             raise TypeError
-        number = float(value)
+        number = float(number)
     except (TypeError, ValueError, OverflowError):
         return {"error": f"returned {_shown(value)}, which is no number"}
     if not math.isfinite(number):
         return {"error": f"returned {number}, which is not finite"}
-    return {"value": number}
+    return {"value": number, "rationale": str(rationale)[:MAX_RATIONALE]}
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
+
+from raygrpo.rewards.score import Score, shown
 
 
 class ExactMatch:
@@ -23,11 +26,17 @@ class ExactMatch:
         self._extract = None if extract is None else re.compile(extract, re.DOTALL)
         self._extract_answer = None if extract_answer is None else re.compile(extract_answer, re.DOTALL)
 
-    def __call__(self, completion: str, answer: Any) -> float:
+    def __call__(self, completion: str, answer: Any) -> Score:
         if answer is None or answer == []:
             raise ValueError("the prompt has no reference answer")
         found = last_match(self._extract, completion)
-        return float(found is not None and self._normal(found) in [self._normal(text) for text in self._texts(answer)])
+        expected = [self._normal(text) for text in self._texts(answer)]
+        if found is None:
+            return Score(0, f"nothing in it matches `extract`; expected {one_of(expected)}")
+        found = self._normal(found)
+        if found in expected:
+            return Score(1, f"{shown(found)} is right")
+        return Score(0, f"got {shown(found)}, expected {one_of(expected)}")
 
     def _texts(self, answer: Any) -> list[str]:
         texts = []
@@ -42,6 +51,11 @@ class ExactMatch:
     def _normal(self, text: str) -> str:
         text = text.strip()
         return text.casefold() if self._ignore_case else text
+
+
+def one_of(values: Sequence[Any]) -> str:
+    """For a rationale: one value, or the first of several."""
+    return shown(values[0]) + (f" or another of {len(values)} answers" if len(values) > 1 else "")
 
 
 def last_match(pattern: re.Pattern[str] | None, text: str) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from raygrpo.rewards.score import Score, shown
+
 
 class Format:
     """1 when the whole completion matches `pattern`, else 0.
@@ -15,5 +17,7 @@ class Format:
     def __init__(self, pattern: str):
         self._pattern = re.compile(pattern, re.DOTALL)
 
-    def __call__(self, completion: str) -> float:
-        return float(self._pattern.fullmatch(completion) is not None)
+    def __call__(self, completion: str) -> Score:
+        if self._pattern.fullmatch(completion) is not None:
+            return Score(1, "it has the form asked for")
+        return Score(0, f"it does not match {shown(self._pattern.pattern)} from beginning to end")

@@ -9,7 +9,9 @@
     an object     any other callable; as a function
 
 each plain or `async`. It gets, by name, those of ARGUMENTS that its signature names (all, if it takes **kwargs), and
-returns a number.
+returns a number, or a pair of a number and a short text that says what it was given for: `return 0.5, "2 of 4 tests
+pass"`. That text stands beside the reward in MLflow's traces. The built-in ones return a `Score`: a number that carries
+such a text.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class InlineRewards:
         except Exception as error:
             outcome = describe_failure(error)
         error = f"reward function {self._names[index]!r} {outcome['error']}" if "error" in outcome else ""
-        return Outcome(outcome.get("value", math.nan), error)
+        return Outcome(outcome.get("value", math.nan), error, outcome.get("rationale", ""))
 
     def close(self) -> None:
         self._runner.close()

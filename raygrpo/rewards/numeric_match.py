@@ -11,7 +11,8 @@ import re
 from decimal import Context, Decimal
 from typing import Any, Literal
 
-from raygrpo.rewards.exact_match import last_match
+from raygrpo.rewards.exact_match import last_match, one_of
+from raygrpo.rewards.score import Score, shown
 
 _ARITHMETIC = Context(prec=60, traps=[])  # what cannot be computed becomes NaN or infinity
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,6}(?!\d))?"
@@ -53,15 +54,20 @@ class NumericMatch:
         self._relative_tolerance = Decimal(repr(relative_tolerance))
         self._math_verify: Any = _import_math_verify() if verifier == "math_verify" else None
 
-    def __call__(self, completion: str, answer: Any) -> float:
+    def __call__(self, completion: str, answer: Any) -> Score:
         answers = answer if isinstance(answer, list) else [answer]
         if answer is None or not answers:
             raise ValueError("the prompt has no reference answer")
         if self._math_verify is not None:
-            return float(any([self._means(completion, value) for value in answers]))
+            right = any([self._means(completion, value) for value in answers])
+            return Score(right, f"math-verify finds it {'' if right else 'not '}equal to {one_of(answers)}")
         expected = [_answer_number(value) for value in answers]
         found = self._number(completion)
-        return float(found is not None and any([self._equal(found, value) for value in expected]))
+        if found is None:
+            return Score(0, f"no number where it should be ({shown(self._extract)}); expected {one_of(expected)}")
+        if any([self._equal(found, value) for value in expected]):
+            return Score(1, f"extracted {shown(found)}, which is right")
+        return Score(0, f"extracted {shown(found)}, expected {one_of(expected)}")
 
     def _number(self, completion: str) -> Decimal | None:
         if self._extract == "boxed":

@@ -40,10 +40,11 @@ _BOOT = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one call: a value, or an error that names the function and the cause."""
+    """Of one call: a value and what it was given for, or an error that names the function and the cause."""
 
     value: float
     error: str = ""
+    rationale: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ class RewardProcess:
             for _ in indices:
                 answer = receive(self._connection, timeout_s=timeout_s)
                 error = f"{name} {answer['error']}" if "error" in answer else ""
-                outcomes[indices[answer["call"]]] = Outcome(answer.get("value", math.nan), error)
+                value, rationale = answer.get("value", math.nan), answer.get("rationale", "")
+                outcomes[indices[answer["call"]]] = Outcome(value, error, rationale)
         except TimeoutError:
             self._end()
             return _Loss(f"{name} took longer than {settings.timeout_s:g} s", timed_out=True)

@@ -58,24 +58,25 @@ class Scorer:
             call_arguments(group.prompt, rollout.text, finish_reason=rollout.finish_reason)
             for rollout in group.rollouts
         ]
-        components = [[math.nan] * len(self._config.functions) for _ in calls]
+        num_functions = len(self._config.functions)
+        components = [[math.nan] * num_functions for _ in calls]
+        rationales = [[""] * num_functions for _ in calls]
         errors = [""] * len(calls)
-        for k in range(len(self._config.functions)):
+        for k in range(num_functions):
             unfailed = [i for i, error in enumerate(errors) if not error]
             outcomes = self._process.call(k, [calls[i] for i in unfailed])
             for i, outcome in zip(unfailed, outcomes, strict=True):
-                components[i][k], errors[i] = outcome.value, outcome.error
-        return [self._reward(values, error) for values, error in zip(components, errors, strict=True)]
+                components[i][k], errors[i], rationales[i][k] = outcome.value, outcome.error, outcome.rationale
+        return [self._reward(*parts) for parts in zip(components, rationales, errors, strict=True)]
 
-    def _reward(self, components: list[float], error: str) -> Reward:
+    def _reward(self, components: list[float], rationales: list[str], error: str) -> Reward:
         if error:
-            return Reward(total=0.0, components=components, error=error)
+            return Reward(total=0.0, components=components, rationales=rationales, error=error)
         total = sum(f.weight * value for f, value in zip(self._config.functions, components, strict=True))
         if not math.isfinite(total):
-            return Reward(
-                total=0.0, components=components, error=f"the weighted sum of rewards {components} is {total}"
-            )
-        return Reward(total=total, components=components)
+            error = f"the weighted sum of rewards {components} is {total}"
+            return Reward(total=0.0, components=components, rationales=rationales, error=error)
+        return Reward(total=total, components=components, rationales=rationales)
 
     def close(self) -> None:
         """End the child process."""

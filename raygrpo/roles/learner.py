@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raygrpo.checkpoint import CheckpointStore, RunState
+from raygrpo.checkpoint import Checkpoint, CheckpointStore, RunState
 from raygrpo.config import TRAINING_REWARD, ModelConfig, RunConfig
 from raygrpo.logs import about, always, open_log
 from raygrpo.lora import add_adapters, merge, split_adapters
@@ -224,13 +224,18 @@ class Learner:
             self._committing = self._background.submit(self._commit, state, failure)
 
     def _commit(self, state: RunState, failure: str | None) -> None:
-        failure = failure or _attempt_io(lambda: self._checkpoints.commit(state, self._scores(state.step)))
+        whole: list[Checkpoint] = []
+        failure = failure or _attempt_io(
+            lambda: whole.append(self._checkpoints.commit(state, self._scores(state.step)))
+        )
         if failure is not None:
             self._checkpoints.abandon(state.step)
             self._failed_checkpoints += 1
             self._link.warn(f"the checkpoint of step {state.step} was not written: {failure}")
-        else:
+        for checkpoint in whole:
             logger.info("the checkpoint of step %d is whole", state.step)
+            path, kept = str(checkpoint.directory), self._checkpoints.steps()
+            self._link.log_checkpoint(state.step, path, checkpoint.digest, state.mean_reward, kept)
 
     def _finish_commit(self) -> None:
         """Wait until the last checkpoint is whole, or given up."""
@@ -275,7 +280,7 @@ class Learner:
             if not self._is_checked:
                 self._check_generators(metrics)
             self._rewards.append(metrics["reward/mean"])
-            if self._rank == 0:
+            if self._rank == 0 and self._config.tracking.shows_samples(step):
                 self._link.log_samples(step, groups, advantages)
             times = _StepTimes(
                 wait=(wait_start_s, learn_start_s),

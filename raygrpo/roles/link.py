@@ -55,6 +55,9 @@ class RunLink(Protocol):
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None: ...
 
+    def log_checkpoint(self, step: int, path: str, digest: str, mean_reward: float, kept: list[int]) -> None:
+        """See Tracker.log_checkpoint; called from a thread."""
+
     def warn(self, text: str) -> None: ...
 
     def stop(self, reason: str) -> None:
@@ -117,6 +120,9 @@ class RayLink:
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         self.tracker.log_samples.remote(step, groups, advantages)
+
+    def log_checkpoint(self, step: int, path: str, digest: str, mean_reward: float, kept: list[int]) -> None:
+        self.tracker.log_checkpoint.remote(step, path, digest, mean_reward, kept)
 
     def warn(self, text: str) -> None:
         self.controller.warn.remote(text)

@@ -6,6 +6,6 @@ lives in a thread of the Tracker.
 """
 
 from raygrpo.tracking.store import resolve_tracking_uri, ui_command
-from raygrpo.tracking.tracker import Links, Tracker, replay
+from raygrpo.tracking.tracker import Links, Tracker, read_history, replay
 
-__all__ = ["Links", "Tracker", "replay", "resolve_tracking_uri", "ui_command"]
+__all__ = ["Links", "Tracker", "read_history", "replay", "resolve_tracking_uri", "ui_command"]

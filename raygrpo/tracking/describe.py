@@ -107,9 +107,8 @@ def description(config: RunConfig, run_dir: Path, links: dict[str, str], resume_
         "",
         f"* Run directory: `{run_dir}`",
     ]
+    lines += [f"* To continue it: `{resume_command}`"] if resume_command else []
     lines += [f"* [{name}]({url})" for name, url in links.items()]
-    if resume_command:
-        lines += ["", "To continue it:", "", "```", resume_command, "```"]
     return "\n".join(lines)
 
 

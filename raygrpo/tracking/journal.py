@@ -2,7 +2,8 @@
 
 `metrics.jsonl` holds one line per logged step, for ever: the local truth, from which a store that missed something is
 filled. `spool/` holds one file per thing that is not a metric (a table, a trace, an artifact, a change of status) until
-the store has it. Neither raises for a full or broken disk: what cannot be written is kept in memory and said loudly.
+the store has it. Neither raises for a full or broken disk: what cannot be written is kept in memory, until it can be,
+and said loudly.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class Journal:
     run_dir: Path
     _next_number: int = field(default=0, init=False)
     _disk_failed: bool = field(default=False, init=False)
+    _unwritten: list[Record] = field(default_factory=list, init=False)  # that the disk refused
+    _torn: bool = field(default=False, init=False)  # metrics.jsonl may end within a line
+    _said_torn: set[int] = field(default_factory=set, init=False)  # lines
 
     @property
     def metrics_path(self) -> Path:
@@ -68,30 +72,47 @@ class Journal:
     def spool_dir(self) -> Path:
         return self.run_dir / SPOOL_DIR
 
-    def load_records(self) -> list[Record]:
-        """Everything logged so far, in order. A line torn by a crash is skipped, and said."""
+    def records(self) -> Iterator[Record]:
+        """Everything logged so far, in order, read anew. A line torn by a crash is skipped, and said."""
         try:
-            text = self.metrics_path.read_text()
+            with self.metrics_path.open() as file:
+                for number, line in enumerate(file, start=1):
+                    self._torn = not line.endswith("\n")
+                    record = self._parsed(number, line)
+                    if record is not None:
+                        yield record
         except FileNotFoundError:
-            return []
-        except OSError as error:
+            pass
+        except (OSError, UnicodeDecodeError) as error:
             self._complain(error)
-            return []
-        records = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                records.append(Record.from_line(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                if line.strip():
-                    logger.warning(
-                        "%s, line %d is not a record of metrics (torn by a crash?): left out", self.metrics_path, number
-                    )
-        if text and not text.endswith("\n"):  # what is appended next must not join the torn line
-            self._write(self.metrics_path, "\n", mode="a")
-        return records
+        yield from self._unwritten
+
+    def _parsed(self, number: int, line: str) -> Record | None:
+        try:
+            return Record.from_line(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if line.strip() and number not in self._said_torn:
+                self._said_torn.add(number)
+                logger.warning(
+                    "%s, line %d is not a record of metrics (torn by a crash?): left out", self.metrics_path, number
+                )
+            return None
 
     def append(self, record: Record) -> None:
-        self._write(self.metrics_path, record.to_line(), mode="a")
+        self._unwritten.append(record)
+        lines = "".join(record.to_line() for record in self._unwritten)
+        if self._write(self.metrics_path, "\n" * self._torn + lines, mode="a"):
+            self._unwritten.clear()
+            self._torn = False
+        else:  # maybe half of it was written: what is appended next must not join a torn line
+            self._torn = True
+
+    def prepend(self, records: list[Record]) -> None:
+        """Make these the beginning of the history."""
+        text = "".join(record.to_line() for record in [*records, *self.records()])
+        if self._write(self.metrics_path, text, mode="w"):
+            self._unwritten.clear()
+            self._torn = False
 
     def load_spool(self) -> list[Spooled]:
         """What an earlier process could not deliver, oldest first."""
@@ -141,7 +162,7 @@ class Journal:
         self._disk_failed = False
         return True
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: OSError | UnicodeDecodeError) -> None:
         if not self._disk_failed:  # once for each time the disk fails, not once a step
             logger.error(
                 "tracking cannot use %s (%s): metrics are kept in memory only, until it can", self.run_dir, error

@@ -7,6 +7,7 @@ the first connection (it takes seconds), in the tracker's thread.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -23,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.config import RunConfig
 from raygrpo.tracking.describe import dataset_facts, description, flatten, provenance_tags
 from raygrpo.tracking.journal import Item, Record
+from raygrpo.tracking.models import deliver_checkpoint, deliver_policy, find_checkpoint
+from raygrpo.tracking.points import Points
 from raygrpo.tracking.traces import deliver_trace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +54,20 @@ def resolve_tracking_uri(config: RunConfig) -> str:
 
     Paths are made absolute. Raises ValueError for a store of plain files, which MLflow no longer writes.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return resolve_store(config.tracking.uri, config.output_dir)
+
+
+def resolve_store(uri: str | None, output_dir: str) -> str:
+    """The same without a whole configuration."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        return f"sqlite:///{Path(config.output_dir).expanduser().absolute() / 'mlflow.db'}"
+        return f"sqlite:///{Path(output_dir).expanduser().absolute() / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
     if ("://" not in uri and not uri.startswith("databricks")) or uri.startswith("file:"):
         raise ValueError(
             f"the tracking URI {uri!r} is a directory, which MLflow no longer writes to: set tracking.uri (or "
-            f"MLFLOW_TRACKING_URI) to a database such as sqlite:///{Path(config.output_dir) / 'mlflow.db'}, or to a "
+            f"MLFLOW_TRACKING_URI) to a database such as sqlite:///{Path(output_dir) / 'mlflow.db'}, or to a "
             "server such as http://127.0.0.1:5000"
         )
     return uri
@@ -85,6 +93,7 @@ def without_password(uri: str) -> str:
     return re.sub(r"(://[^/:@]*):[^@/]*@", r"\1:***@", uri)
 
 
+@functools.lru_cache(maxsize=1000)
 def metric_name(name: str) -> str:
     """The name as MLflow takes it: other characters become "_", and what it would read as a path is flattened."""
     name = re.sub(r"[^\w./ :-]", "_", name)
@@ -106,8 +115,7 @@ class MlflowRun:
     links: dict[str, str]
     resume_command: str | None
     experiment_id: str = field(default="", init=False)
-    # What the store has: metric name -> step -> (time in ms, value).
-    points: dict[str, dict[int, tuple[int, float]]] = field(default_factory=dict, init=False)
+    _points: Points = field(default_factory=Points, init=False)  # what the store has
     _client: MlflowClient | None = field(default=None, init=False)
     _repeated: set[int] = field(default_factory=set, init=False)
     _told: str = field(default="", init=False)
@@ -139,7 +147,10 @@ class MlflowRun:
             self._described = False
         self.run_id = run.info.run_id
         self.experiment_id = run.info.experiment_id
-        self.points = {name: self._read_points(name) for name in run.data.metrics}
+        self._points = Points()
+        for name in run.data.metrics:
+            for point in self.client.get_metric_history(self._id, name):
+                self._points.add(name, point.step, point.timestamp)
         if not self._described:
             self._describe(run)
             self._described = True
@@ -150,19 +161,34 @@ class MlflowRun:
 
         missing: list[Metric] = []
         for record in records:
-            for name, value in record.metrics.items():
-                if not math.isfinite(value):  # would ruin the chart's axes; the journal has it
-                    continue
-                name = metric_name(name)
-                known = self.points.setdefault(name, {})
-                if record.step not in known:
-                    known[record.step] = (record.time_ms, value)
+            for name, value in self._finite(record):
+                known_ms = self._points.time_ms(name, record.step)
+                if known_ms is None:
+                    self._points.add(name, record.step, record.time_ms)
                     missing.append(Metric(name, value, record.time_ms, record.step))
-                elif known[record.step][0] != record.time_ms:
+                elif known_ms != record.time_ms:
                     self._repeated.add(record.step)
         for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
             self.client.log_batch(self._id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
         self._tell_repeated()
+
+    def lacks(self, record: Record) -> bool:
+        """Whether `log_metrics` would have something to do with it."""
+        return any(self._points.time_ms(name, record.step) != record.time_ms for name, _ in self._finite(record))
+
+    def read_history(self) -> list[Record]:
+        """All points of the store, as they were logged, by step."""
+        records: dict[tuple[int, int], Record] = {}
+        for name in self.client.get_run(self._id).data.metrics:
+            for point in self.client.get_metric_history(self._id, name):
+                place = (point.step, point.timestamp)
+                records.setdefault(place, Record(*place, {})).metrics[name] = point.value
+        return [records[place] for place in sorted(records)]
+
+    @staticmethod
+    def _finite(record: Record) -> list[tuple[str, float]]:
+        """The record's points. Values that are not finite would ruin a chart's axes; the journal has them."""
+        return [(metric_name(name), value) for name, value in record.metrics.items() if math.isfinite(value)]
 
     def deliver(self, item: Item) -> None:
         """One spooled item. Delivering it again does no harm."""
@@ -175,6 +201,15 @@ class MlflowRun:
                 self._deliver_table(item["artifact_file"], item["columns"], item["data"])
             case "trace":
                 deliver_trace(self.client, self.experiment_id, self._id, item)
+            case "checkpoint":
+                model = deliver_checkpoint(self.client, self.experiment_id, self._id, item)
+                self._log_scores(model, item)
+            case "scores":
+                model = find_checkpoint(self.client, self.experiment_id, self._id, item)
+                if model is not None:
+                    self._log_scores(model, item)
+            case "policy":
+                deliver_policy(self.client, self.experiment_id, self._id, item)
             case "status" if item["end_time_ms"] is None:
                 self.client.update_run(self._id, status=item["status"])
             case "status":
@@ -227,9 +262,6 @@ class MlflowRun:
         found = self.client.search_runs([self.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self.run_key}'", max_results=1)
         return found[0] if found else None
 
-    def _read_points(self, name: str) -> dict[int, tuple[int, float]]:
-        return {point.step: (point.timestamp, point.value) for point in self.client.get_metric_history(self._id, name)}
-
     def _describe(self, run: Run) -> None:
         """Parameters, tags and description: what a person wants to know of the run, and how to continue it."""
         from mlflow.entities import Param, RunTag
@@ -249,6 +281,8 @@ class MlflowRun:
             self.client.log_batch(self._id, params=new[start : start + MAX_PARAMS_PER_BATCH])
         self._describe_data()
         tags = provenance_tags() | self.tags
+        if self.config.tracking.parent_run:
+            tags["mlflow.parentRunId"] = self.config.tracking.parent_run
         tags["mlflow.note.content"] = description(self.config, self.run_dir, self.links, self.resume_command)
         tags = {key[:MAX_KEY]: _truncated(str(value), MAX_TAG_VALUE) for key, value in tags.items()}
         self.client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -277,6 +311,18 @@ class MlflowRun:
             while len(json.dumps(tables)) > MAX_TAG_VALUE:  # MLflow would cut the tag in the middle; the files stay
                 tables.pop(0)
             self.client.set_tag(self._id, TABLES_TAG, json.dumps(tables))
+
+    def _log_scores(self, model: LoggedModel, item: Item) -> None:
+        """Points of the run are the model's as well. Those of a step trained again are not: the run keeps the first."""
+        from mlflow.entities import Metric
+
+        points, step = [], item["step"]
+        for name, (value, time_ms) in item["metrics"].items():
+            name = metric_name(name)
+            if self._points.time_ms(name, step) in (None, time_ms) and math.isfinite(value):
+                self._points.add(name, step, time_ms)
+                points.append(Metric(name, value, time_ms, step, model_id=model.model_id, run_id=self._id))
+        self.client.log_batch(self._id, metrics=points)
 
     def _tell_repeated(self) -> None:
         """Steps trained again after a resume: MLflow cannot replace a point, and two at a step are worse than one."""

@@ -8,7 +8,8 @@
 
 The prompt is the session, so that the UI lists what became of one prompt over the course of training; the reference
 answer is the trace's expectation. Ids follow from run, step and ticket: a trace that is delivered twice, or trained
-again after a resume, is replaced. Times are the group's: when it was sampled and when it was scored.
+again after a resume, is replaced. Completions begin with their group and end when each was complete; rewards have the
+times at which the group was scored.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ def group_trace(
             "text": rollout.text,
             "num_tokens": len(rollout.completion_ids),
             "finish_reason": rollout.finish_reason,
+            "end_s": rollout.end_s,
             "mean_logprob": readable(statistics.fmean(rollout.behaviour_logprobs or [0.0])),
             "reward": None if reward.error else readable(reward.total),
             "components": dict(zip(components, map(readable, reward.components), strict=True)),
+            "rationales": dict(zip(components, reward.rationales or [""] * len(components), strict=True)),
             "error": reward.error,
             "advantage": readable(advantage),
         }
@@ -163,10 +166,12 @@ class _TraceBuilder:
         }
         outputs = {"completion": rollout["text"], "finish_reason": rollout["finish_reason"]}
         key, name = f"completion {i}", f"completion {i}: reward {_short(rollout['reward'])}"
-        spans = [self._span(key, name, "group", "LLM", item["generate_s"], {"sample": i}, outputs, attributes, "")]
+        times_s = (item["generate_s"][0], rollout["end_s"])
+        spans = [self._span(key, name, "group", "LLM", times_s, {"sample": i}, outputs, attributes, "")]
         for component, score in rollout["components"].items():
             inputs = {"completion": rollout["text"], "answer": item["answer"]}
             output = {"score": score, "weight": item["weights"][component]}
+            output |= {"rationale": said} if (said := rollout["rationales"][component]) else {}
             name, times_s = f"{key}/{component}", item["score_s"]
             spans.append(self._span(name, component, key, "EVALUATOR", times_s, inputs, output, {}, rollout["error"]))
         return spans
@@ -188,7 +193,8 @@ class _TraceBuilder:
             span_id = self._span_id(f"completion {i}")
             for component, score in rollout["components"].items():
                 weight = item["weights"][component]
-                rationale = f"completion {i}: {component} gave {_short(score)}, which counts {weight:g} x"
+                said = rollout["rationales"][component] or f"{component} gave {_short(score)}"
+                rationale = f"completion {i}: {said} (counts {weight:g} x)"
                 assessments.append(_feedback(component, score, rollout["error"], source(component), span_id, rationale))
             rationale = f"completion {i}: weighted sum; advantage within its group {_short(rollout['advantage'])}"
             total = rollout["reward"]

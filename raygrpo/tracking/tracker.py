@@ -15,6 +15,7 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,10 @@ import yaml
 
 from raygrpo.config import RunConfig
 from raygrpo.logs import about, open_log
-from raygrpo.tracking.figures import draw_reward_curve
+from raygrpo.tracking.figures import RewardCurve
 from raygrpo.tracking.journal import Journal, Record
+from raygrpo.tracking.machine import MachineMetrics
+from raygrpo.tracking.models import MEAN_REWARD, TimedMetrics, checkpoint_item, policy_item, scores_item
 from raygrpo.tracking.samples import evaluation_table, sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
 from raygrpo.tracking.traces import choose_groups, group_trace
@@ -36,7 +39,7 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "tracking.json"  # which MLflow run this directory belongs to
 CONFIG_FILE = "config.yaml"
 FIGURE_FILE = "reward_curve.png"
-EVALUATION_PREFIX = "eval/"  # of the names of an evaluation's metrics
+EVALUATION_PREFIX = "eval/"  # of the names of an evaluation's metrics, whose step is the policy's version
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -60,7 +63,8 @@ class Tracker:
 
     run_dir: the run's own directory, the same one when the run is resumed. run_id: an MLflow run to continue; by
     default the one that run_dir belongs to, if any. tags, links (title -> address) and resume_command stand on the
-    run's page.
+    run's page. machines: what the machines of the run are doing, asked at each step; by default this one is
+    looked at.
     Raises ValueError for a tracking URI that cannot work.
     """
 
@@ -74,11 +78,13 @@ class Tracker:
         links: dict[str, str] | None = None,
         resume_command: str | None = None,
         run_info: RunInfo | None = None,
+        machines: Callable[[], StepMetrics] | None = None,
     ) -> None:
         if run_info is not None:  # this process is the tracker's alone
             open_log(run_info, "tracker")
         self._config = config
         self._run_dir = Path(run_dir).expanduser().absolute()
+        self._machines = machines or MachineMetrics()
         self._non_finite: set[str] = set()
         self._warnings = _Warnings()
         logging.getLogger(__package__).addHandler(self._warnings)
@@ -97,8 +103,9 @@ class Tracker:
             links=identity.get("links", {}) if links is None else links,
             resume_command=resume_command or identity.get("resume_command"),
         )
-        self._writer = Writer(run, Journal(self._run_dir), on_connect=self._write_identity)
-        self._resumed = run.run_id is not None or bool(self._writer.records)
+        self._curve = RewardCurve(config.name)
+        self._writer = Writer(run, Journal(self._run_dir), self._write_identity, self._curve.add)
+        self._resumed = run.run_id is not None or len(self._curve) > 0
         self._write_identity()
 
     # What the training calls.
@@ -115,7 +122,7 @@ class Tracker:
         if self._resumed:
             self._writer.add_item({"kind": "status", "status": "RUNNING", "end_time_ms": None})
         if self._config.tracking.system_metrics:
-            _system_metrics()  # the first call starts the first step's averages
+            self._machines()  # the first call starts the first step's averages
         return self.links(wait_s)
 
     def links(self, wait_s: float = 0.0) -> Links:
@@ -151,13 +158,18 @@ class Tracker:
                 )
             self._non_finite.update(non_finite)
         if self._config.tracking.system_metrics:
-            values |= _system_metrics()
-        self._writer.add_record(Record(int(step), _now_ms(), values))
+            values |= self._machines()
+        self._add_record(Record(int(step), _now_ms(), values))
         with about(step=int(step)):
             logger.info("recorded %d metrics", len(values))
         every = self._config.tracking.figure_every
         if every and step % every == 0 and "reward/mean" in values:
             self._writer.add_chore(self._draw)
+
+    def _add_record(self, record: Record) -> None:
+        self._writer.add_record(record)
+        if scores := _evaluated(record):  # of a checkpoint, perhaps, that is a model already
+            self._writer.add_item(scores_item(record.step, scores))
 
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         """Show some of the step's rollouts, if it is this step's turn (`tracking.samples_every`).
@@ -165,7 +177,7 @@ class Tracker:
         advantages: for each group one list with a value per rollout.
         """
         tracking = self._config.tracking
-        if tracking.samples_every == 0 or step % tracking.samples_every:
+        if not tracking.shows_samples(step):
             return
         functions = self._config.reward.functions
         components = {function.metric_name: function.weight for function in functions}
@@ -183,13 +195,28 @@ class Tracker:
     def log_evaluation(self, version: int, metrics: StepMetrics, shown: dict[str, list[ScoredGroup]]) -> None:
         """What an evaluation of the policy after `version` steps found, as points of that step: the step whose rewards
         the same policy earns on-policy. shown: by set, the groups whose completions become a table."""
-        self._writer.add_record(Record(int(version), _now_ms(), {name: float(v) for name, v in metrics.items()}))
+        self._add_record(Record(int(version), _now_ms(), {name: float(v) for name, v in metrics.items()}))
         for name, groups in shown.items():
             own = self._config.eval.sets[name].functions if self._config.eval else None
             components = [function.metric_name for function in own or self._config.reward.functions]
             item = evaluation_table(version, name, groups, components)
             if item is not None:
                 self._writer.add_item(item)
+
+    def log_checkpoint(self, step: int, path: str, digest: str, mean_reward: float, kept: list[int]) -> None:
+        """A checkpoint is whole: show it as a model, with what was evaluated of it.
+
+        step: steps that it has trained. mean_reward: over the steps since the one before; NaN: not known. kept: the
+        steps of all checkpoints on disk, this one among them.
+        """
+        metrics = {MEAN_REWARD: (mean_reward, _now_ms())} if math.isfinite(mean_reward) else {}
+        for record in self._writer.records(step):
+            metrics |= _evaluated(record) if record.step == step else {}
+        self._writer.add_item(checkpoint_item(step, path, digest, metrics, kept))
+
+    def log_table(self, file: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table (JSON values) among the run's artifacts, as `mlflow.load_table(file)` reads it."""
+        self._writer.add_item({"kind": "table", "artifact_file": file, "columns": columns, "data": rows})
 
     def log_artifact(self, path: str, artifact_path: str | None = None) -> None:
         """Copy a local file to the run's artifacts (folder `artifact_path`); it must stay until it is delivered."""
@@ -205,9 +232,9 @@ class Tracker:
 
     def _values(self, first_step: int, *, of_evaluations: bool) -> dict[int, StepMetrics]:
         values: dict[int, StepMetrics] = {}
-        for record in self._writer.snapshot():
+        for record in self._writer.records(first_step):
             chosen = {n: v for n, v in record.metrics.items() if n.startswith(EVALUATION_PREFIX) == of_evaluations}
-            if record.step >= first_step and chosen:
+            if chosen:
                 values[record.step] = values.get(record.step, {}) | chosen
         return dict(sorted(values.items()))
 
@@ -215,11 +242,14 @@ class Tracker:
         """What was logged as a warning or worse, from number `first` on: an actor's log does not reach every user."""
         return self._warnings.texts[first:]
 
-    def finish(self, status: Status = "FINISHED", summary: dict[str, Any] | None = None) -> Links:
+    def finish(
+        self, status: Status = "FINISHED", summary: dict[str, Any] | None = None, policy: str | None = None
+    ) -> Links:
         """Draw the final figure, deliver everything and end the run; waits at most `tracking.finish_timeout_s`.
 
-        `summary` (JSON values) becomes the artifact summary.json. What could not be delivered stays, and the log says
-        how to deliver it later.
+        `summary` (JSON values) becomes the artifact summary.json. policy: directory of the trained policy, which is
+        registered where `tracking.register_model` names what as; that it cannot be is said, and no failure of the run.
+        What could not be delivered stays, and the log says how to deliver it later.
         """
         if summary is not None:
             self._writer.add_item(
@@ -228,6 +258,8 @@ class Tracker:
         logger.info("the run ends as %s", status)
         self._draw()
         self._writer.add_item({"kind": "status", "status": status, "end_time_ms": _now_ms()})
+        if policy is not None and (register := self._config.tracking.register_model):
+            self._writer.add_item(policy_item(self._config.num_steps, policy, register))
         timeout_s = self._config.tracking.finish_timeout_s
         if not self._writer.close(timeout_s):
             logger.warning(
@@ -257,7 +289,7 @@ class Tracker:
 
     def _draw(self) -> None:
         try:
-            drawn = draw_reward_curve(self.history(), self._config.name, self._figure_path)
+            drawn = self._curve.draw(self._figure_path)
         except Exception:  # a picture is never worth a run
             logger.exception("the reward curve cannot be drawn")
             return
@@ -309,6 +341,14 @@ def replay(run_dir: str, timeout_s: float = 600.0) -> Links:
     return tracker.links()
 
 
+def read_history(run_dir: str) -> dict[int, StepMetrics]:
+    """The metrics of a run by step, from its directory, without MLflow; empty where there is none."""
+    history: dict[int, StepMetrics] = {}
+    for record in Journal(Path(run_dir).expanduser().absolute()).records():
+        history[record.step] = history.get(record.step, {}) | record.metrics
+    return dict(sorted(history.items()))
+
+
 class _Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -320,16 +360,9 @@ class _Warnings(logging.Handler):
             logging.lastResort.handle(record)  # to stderr, as if this handler were not there
 
 
-def _system_metrics() -> StepMetrics:
-    """Of the tracker's machine, CPU as the mean since the last call; names as MLflow's own, for their tab in its UI."""
-    import psutil
-
-    memory = psutil.virtual_memory()
+def _evaluated(record: Record) -> TimedMetrics:
     return {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/disk_usage_percentage": psutil.disk_usage(os.sep).percent,
+        name: (value, record.time_ms) for name, value in record.metrics.items() if name.startswith(EVALUATION_PREFIX)
     }
 
 

@@ -21,26 +21,42 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 30.0  # between attempts to reach a store that does not answer
 CLOSING_PAUSE_S = 1.0  # the same, while somebody waits for the end
+NUM_RECENT = 32  # records in memory; whoever follows a run asks for the last ones
 REMIND_S = 300.0  # between reminders that it still does not
 NEVER_ACCEPTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # MLflow's codes for what no repetition helps
+# Of models, which older and foreign servers do not know, and which a registry may refuse: a run goes on without them.
+MODELS_NEVER_ACCEPTED = (
+    "ENDPOINT_NOT_FOUND",
+    "FEATURE_DISABLED",
+    "NOT_IMPLEMENTED",
+    "PERMISSION_DENIED",
+    "RESOURCE_DOES_NOT_EXIST",
+)
 
 
 class Writer:
     """Delivers `journal` to `run`, beginning with what an earlier process left there. Thread-safe.
 
-    on_connect: called in the thread after each connection.
+    on_connect: called in the thread after each connection. on_record: called with every record, those of an earlier
+    process first; where a step was logged again, the later record comes later.
     """
 
-    def __init__(self, run: MlflowRun, journal: Journal, on_connect: Callable[[], None]) -> None:
+    def __init__(
+        self, run: MlflowRun, journal: Journal, on_connect: Callable[[], None], on_record: Callable[[Record], None]
+    ) -> None:
         self.run = run
-        self.records: list[Record] = journal.load_records()
         self.connected = False
         self._journal = journal
         self._on_connect = on_connect
+        self._on_record = on_record
         self._spool: deque[Spooled] = deque(journal.load_spool())
         self._chores: deque[Callable[[], None]] = deque()  # work for the thread that is no delivery
-        self._num_sent = 0  # of `records`, in this connection
-        self._adopt = not self.records
+        self._pending: deque[Record] = deque()  # that MLflow may lack; the journal has them all
+        self._compared_with: str | None = None  # the MLflow run with which the whole journal was compared
+        self._recent: deque[Record] = deque(maxlen=NUM_RECENT)
+        self._older_step = -1  # the highest of a record that is no longer recent
+        self._num_uncompared = self._review()  # records of an earlier process
+        self._adopt = not self._num_uncompared
         self._closing = False
         self._outage_began = self._outage_said = 0.0  # time.monotonic(); 0: there is none
         self._changed = threading.Condition(threading.RLock())
@@ -56,7 +72,8 @@ class Writer:
     def add_record(self, record: Record) -> None:
         with self._changed:
             self._journal.append(record)
-            self.records.append(record)
+            self._pending.append(record)
+            self._remember(record)
             self._changed.notify_all()
         self.start()
 
@@ -76,14 +93,16 @@ class Writer:
             self._changed.notify_all()
         self.start()
 
-    def snapshot(self) -> list[Record]:
+    def records(self, first_step: int) -> list[Record]:
+        """What was logged of `first_step` and later ones, in order; of long ago it is read from the journal."""
         with self._changed:
-            return list(self.records)
+            source = self._recent if first_step > self._older_step else self._journal.records()
+            return [record for record in source if record.step >= first_step]
 
     def undelivered(self) -> int:
         """Steps and items that MLflow does not have for certain."""
         with self._changed:
-            return len(self.records) - (self._num_sent if self.connected else 0) + len(self._spool)
+            return self._num_uncompared + len(self._pending) + len(self._spool)
 
     def wait_connected(self, timeout_s: float) -> bool:
         with self._changed:
@@ -138,18 +157,18 @@ class Writer:
             self.run.connect()
             self._on_connect()
             with self._changed:
-                self._adopt_points()
-                self._num_sent = 0
+                self._compare()
                 self.connected = True
                 self._changed.notify_all()
         while True:
             with self._changed:
-                records = _first_batch(self.records, self._num_sent)
+                records = _first_batch(self._pending)
                 spooled = self._spool[0] if self._spool else None
             if records:
                 self.run.log_metrics(records)
                 with self._changed:
-                    self._num_sent += len(records)
+                    for _ in records:
+                        self._pending.popleft()
             elif spooled is not None:
                 self._deliver_spooled(spooled)
             else:
@@ -169,16 +188,30 @@ class Writer:
         with self._changed:
             self._spool.popleft()
 
-    def _adopt_points(self) -> None:
-        """Where the journal was lost but the run has points (a run_id was given), the history starts with those."""
-        if not self._adopt:
+    def _compare(self) -> None:
+        """Once for each MLflow run: what the journal has and the run lacks is pending. Where the journal was lost but
+        the run has points (a run_id was given), the history begins with those."""
+        if self._compared_with == self.run.run_id:
             return
-        steps: dict[int, Record] = {}
-        for name, points in self.run.points.items():
-            for step, (time_ms, value) in points.items():
-                steps.setdefault(step, Record(step, time_ms, {})).metrics[name] = value
-        self.records[:0] = [steps[step] for step in sorted(steps)]
-        self._adopt = False
+        if self._adopt and (history := self.run.read_history()):
+            self._journal.prepend(history)
+            self._review()
+        self._pending = deque(record for record in self._journal.records() if self.run.lacks(record))
+        self._adopt, self._num_uncompared, self._compared_with = False, 0, self.run.run_id
+
+    def _review(self) -> int:
+        """Remember all of the journal; returns how many records it has."""
+        number = 0
+        for record in self._journal.records():
+            self._remember(record)
+            number += 1
+        return number
+
+    def _remember(self, record: Record) -> None:
+        if len(self._recent) == NUM_RECENT:
+            self._older_step = max(self._older_step, self._recent[0].step)
+        self._recent.append(record)
+        self._on_record(record)
 
     def _pause(self, seconds: float) -> None:
         """Cut short when somebody begins to wait for the end."""
@@ -210,10 +243,10 @@ class Writer:
         self._outage_began = self._outage_said = 0.0
 
 
-def _first_batch(records: list[Record], start: int) -> list[Record]:
-    """As many records from `start` on as go into one call, at least one."""
+def _first_batch(pending: deque[Record]) -> list[Record]:
+    """As many records as go into one call, at least one where there is one."""
     batch, num_metrics = [], 0
-    for record in records[start : start + MAX_METRICS_PER_BATCH]:
+    for record in pending:
         num_metrics += len(record.metrics)
         if batch and num_metrics > MAX_METRICS_PER_BATCH:
             break
@@ -226,9 +259,10 @@ def _never_accepted(item: Item, error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return getattr(error, "error_code", "") in NEVER_ACCEPTED
+        codes = NEVER_ACCEPTED + MODELS_NEVER_ACCEPTED * (item["kind"] in ("checkpoint", "scores", "policy"))
+        return getattr(error, "error_code", "") in codes
     if isinstance(error, OSError):
-        return item["kind"] == "artifact" and not os.path.exists(item["path"])
+        return item["kind"] in ("artifact", "policy") and not os.path.exists(item["path"])
     if isinstance(error, json.JSONDecodeError):  # what a proxy answers when the server is away
         return False
     return isinstance(error, ValueError | TypeError | KeyError | NotImplementedError)

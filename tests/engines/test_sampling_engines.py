@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ def sample(engine: Any, groups: dict[str, tuple[list[int], list[int]]]) -> dict[
 def collect(engine: Any, sizes: dict[str, int]) -> dict[str, list[Rollout]]:
     rollouts: dict[str, dict[int, Rollout]] = {group_id: {} for group_id in sizes}
     while engine.num_unfinished:
+        step_start_s = time.time()
         for group_id, index, rollout in engine.step():
             assert index not in rollouts[group_id]
+            assert step_start_s <= rollout.end_s <= time.time()  # complete in the step that hands it out
             rollouts[group_id][index] = rollout
     return {group_id: [rollouts[group_id][i] for i in range(size)] for group_id, size in sizes.items()}
 

@@ -72,13 +72,16 @@ def test_the_answer_is_what_the_instructions_ask_for(juice_bar):
     ],
 )
 def test_reward_is_the_share_of_the_lowest_prices_in_a_rising_list(juice_bar, completion, reward):
-    assert juice_bar.lowest_prices(completion, "10 12 15 20 21 30 31 40") == reward
+    assert juice_bar.lowest_prices(completion, "10 12 15 20 21 30 31 40")[0] == reward
 
 
 def test_every_reference_answer_is_worth_1_and_its_reverse_less(juice_bar):
     for row in juice_bar.price_lists(100):
-        assert juice_bar.lowest_prices(row["answer"], row["answer"]) == 1.0
-        assert juice_bar.lowest_prices(" ".join(row["answer"].split()[::-1]), row["answer"]) == 0.0
+        assert juice_bar.lowest_prices(row["answer"], row["answer"]) == (1.0, "8 of the 8 lowest prices")
+        assert juice_bar.lowest_prices(" ".join(row["answer"].split()[::-1]), row["answer"]) == (
+            0.0,
+            "not in rising order",
+        )
 
 
 def test_tokenizer_restores_every_text_of_the_task_and_any_other(juice_bar, tokenizer):
@@ -113,7 +116,8 @@ def test_committed_model_answers_about_one_time_in_five_and_never_by_habit(juice
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=do_sample, top_k=0
         )
         texts = tokenizer.batch_decode(outputs[:, ids.shape[1] :], skip_special_tokens=True)
-        return sum(map(juice_bar.lowest_prices, texts, [row["answer"] for row in rows])) / len(rows)
+        scored = map(juice_bar.lowest_prices, texts, [row["answer"] for row in rows])
+        return sum(share for share, _ in scored) / len(rows)
 
     assert 0.1 < mean_reward(do_sample=True) < 0.3
     assert mean_reward(do_sample=False) < 0.1

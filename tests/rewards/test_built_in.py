@@ -38,6 +38,28 @@ def test_exact_match(args, completion, answer, reward):
     assert ExactMatch(**args)(completion, answer) == reward
 
 
+@pytest.mark.parametrize(
+    ("reward", "completion", "answer", "rationale"),
+    [
+        (ExactMatch(), " Paris", "Paris", "'Paris' is right"),
+        (ExactMatch(), "Rome", ["Paris", "Nice"], "got 'Rome', expected 'Paris' or another of 2 answers"),
+        (ExactMatch(extract="#(.*)"), "Paris", "Paris", "nothing in it matches `extract`; expected 'Paris'"),
+        (NumericMatch(), "so it is 42", 41, "extracted 42, expected 41"),
+        (NumericMatch(tolerance=1), "so it is 42", 41, "extracted 42, which is right"),
+        (NumericMatch(extract="boxed"), "42", 42, "no number where it should be ('boxed'); expected 42"),
+        (NumericMatch(verifier="math_verify"), r"$\frac{1}{2}$", "0.5", "math-verify finds it equal to '0.5'"),
+    ],
+)
+def test_a_built_in_reward_says_why(reward, completion, answer, rationale):
+    assert reward(completion, answer).rationale == rationale
+
+
+def test_what_a_rationale_shows_is_short():
+    assert len(ExactMatch()("x" * 10_000, "y" * 10_000).rationale) < 200
+    assert "does not match 'a+' from" in Format("a+")("b").rationale
+    assert Format("a+")("aa").rationale == "it has the form asked for"
+
+
 def test_exact_match_refuses_what_has_no_answer():
     for answer in (None, []):
         with pytest.raises(ValueError, match="no reference answer"):

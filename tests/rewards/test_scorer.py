@@ -13,6 +13,8 @@ import pytest
 
 from raygrpo.config import RewardConfig
 from raygrpo.rewards import Scorer, check_rewards
+from raygrpo.rewards.child import MAX_RATIONALE
+from raygrpo.rewards.inline import InlineRewards
 from raygrpo.types import Prompt, Rollout, RolloutGroup
 
 FUNCTIONS = """
@@ -36,6 +38,9 @@ def process_id(): return os.getpid()
 def numpy_value(completion):
     import numpy as np
     return np.float32(completion)
+def graded(completion, answer):
+    return (0.5, "half of " + answer) if completion == "half" else (0.0, "long" * 1000)
+async def judged(completion): return 1, "\\ud800"
 def chatty(completion):
     print("protocol noise", completion, flush=True)
     return 1.0
@@ -143,7 +148,8 @@ def gone(pids, within_s=5.0):
 
 def group(*texts, prompt=None, error=""):
     rollouts = [
-        Rollout(completion_ids=[1], behaviour_logprobs=[0.0], finish_reason="length", text=text) for text in texts
+        Rollout(completion_ids=[1], behaviour_logprobs=[0.0], finish_reason="length", text=text, end_s=0.0)
+        for text in texts
     ]
     prompt = prompt or Prompt(prompt_id=0, prompt_ids=[1], text="P", answer="4", row={})
     return RolloutGroup(
@@ -177,6 +183,28 @@ def test_rewards_are_weighted_sums_in_the_order_of_the_configuration(scorer):
     assert totals(scored) == [2 * 1 - 0.5 + 1, 0 - 0.5 + 0, 2 * 3 - 0.5 + 0]
     assert errors(scored) == ["", "", ""]
     assert scored.score_start_s <= scored.score_end_s <= time.time()
+
+
+def test_a_reward_says_what_it_was_given_for_if_the_function_does(scorer):
+    scored = scorer("numeric_match", "half", "graded", "judged").score(group("half", "4"))
+    first, second = scored.rewards
+    assert first.components == [0.0, 0.5, 0.5, 1.0]
+    assert first.rationales == ["no number where it should be ('last'); expected 4", "", "half of 4", "\ud800"]
+    assert second.rationales[0] == "extracted 4, which is right"
+    assert len(second.rationales[2]) == MAX_RATIONALE
+
+
+def test_a_reward_that_failed_keeps_what_was_said_before(scorer):
+    (reward,) = scorer("exact_match", "misbehave", "graded").score(group("raise")).rewards
+    assert reward.error and reward.rationales == ["got 'raise', expected '4'", "", ""]
+
+
+def test_in_one_process_rewards_say_the_same(scorer, directory, monkeypatch):
+    monkeypatch.syspath_prepend(str(directory))
+    specs = [{"use": "exact_match"}, {"use": "scorer_task:judged"}]
+    config = RewardConfig.model_validate({"functions": specs})
+    (reward,) = Scorer(config, process=InlineRewards(config.functions)).score(group("4")).rewards
+    assert (reward.total, reward.rationales) == (2.0, ["'4' is right", "\ud800"])
 
 
 def test_functions_get_what_the_group_holds(scorer):

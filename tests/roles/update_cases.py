@@ -105,6 +105,7 @@ def make_step(model: nn.Module, step: int, temperature: float = 1.0) -> list[Sco
                     behaviour_logprobs=[min(value, 0.0) for value in (logprobs + noise).tolist()],
                     finish_reason="length" if len(completion_ids) == MAX_COMPLETION_TOKENS else "stop",
                     text="",
+                    end_s=0.0,
                 )
             )
             components = torch.randint(0, 3, (2,), generator=g).double().tolist()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raygrpo.config import RunConfig
+from raygrpo.tracking.store import MlflowRun
 from raygrpo.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup
 
 FIRST_RUN = """
@@ -79,8 +80,21 @@ def configure(first_run: FirstRun, tmp_path: Path, request: pytest.FixtureReques
     return configured
 
 
+@pytest.fixture
+def delivered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but metrics reaches MLflow twice, as after a lost acknowledgement."""
+    deliver = MlflowRun.deliver
+
+    def deliver_twice(run: MlflowRun, item: dict[str, Any]) -> None:
+        deliver(run, item)
+        deliver(run, item)
+
+    monkeypatch.setattr(MlflowRun, "deliver", deliver_twice)
+
+
 def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answer: Any = "42") -> ScoredGroup:
-    """A group whose completion i has the components rewards[i] (weights 1 and 0.2) and i + 1 tokens."""
+    """A group whose completion i has the components rewards[i] (weights 1 and 0.2), i + 1 tokens, half a second more
+    than the one before, and a rationale of the first component."""
     prompt = Prompt(prompt_id=100 + ticket, prompt_ids=[1] * 30, text=f"Question {ticket}?", answer=answer)
     rollouts = [
         Rollout(
@@ -88,6 +102,7 @@ def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answ
             behaviour_logprobs=[-0.5] * (i + 1),
             finish_reason="stop",
             text=f"completion {i}",
+            end_s=1001.0 + ticket + 0.5 * i,
         )
         for i in range(len(rewards))
     ]
@@ -101,7 +116,9 @@ def make_group(ticket: int, rewards: list[list[float]], *, error: str = "", answ
         generate_end_s=1002.5 + ticket,
         error=error,
     )
-    scored = [Reward(total=r[0] + 0.2 * r[1], components=r) for r in rewards]
+    scored = [
+        Reward(total=r[0] + 0.2 * r[1], components=r, rationales=[f"extracted {i}", ""]) for i, r in enumerate(rewards)
+    ]
     return ScoredGroup(group=group, rewards=scored, score_start_s=1002.5 + ticket, score_end_s=1003.0 + ticket)
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from raygrpo.tracking import Tracker
 from raygrpo.tracking.samples import sample_table
-from raygrpo.tracking.store import MlflowRun
 from raygrpo.tracking.traces import choose_groups, group_trace
 from raygrpo.types import Reward
 from tests.tracking.conftest import MakeConfig, Store, make_group
@@ -113,16 +112,8 @@ def find_traces(store: Store, links) -> list:
     return list(store.client.search_traces(locations=[experiment], run_id=links.run_id))
 
 
-def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
-    configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deliver = MlflowRun.deliver
-
-    def deliver_twice(run: MlflowRun, item: dict) -> None:  # as after a lost acknowledgement
-        deliver(run, item)
-        deliver(run, item)
-
-    monkeypatch.setattr(MlflowRun, "deliver", deliver_twice)
+@pytest.mark.usefixtures("delivered_twice")
+def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(configure: MakeConfig, tmp_path: Path) -> None:
     tracker = Tracker(configure(tracking={"num_traces": 2}), str(tmp_path / "run"))
     tracker.log_samples(4, [make_group(8, REWARDS), make_group(9, [], error="engine died")], [ADVANTAGES, []])
     links = tracker.finish()
@@ -145,11 +136,15 @@ def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
     completions = sorted((s for s in best.data.spans if s.parent_id == root.span_id), key=lambda span: span.name)
     assert [span.outputs["completion"] for span in completions] == [f"completion {i}" for i in range(4)]
     for i, span in enumerate(completions):
-        assert (span.start_time_ns, span.end_time_ns) == (1_008_000_000_000, 1_010_500_000_000)
+        assert (span.start_time_ns, span.end_time_ns) == (1_008_000_000_000, 1_009_000_000_000 + i * 500_000_000)
         assert span.get_attribute("mlflow.chat.tokenUsage")["output_tokens"] == i + 1
         assert (span.get_attribute("advantage"), span.get_attribute("mean_logprob")) == (ADVANTAGES[i], -0.5)
         scores = {s.name: s.outputs["score"] for s in best.data.spans if s.parent_id == span.span_id}
         assert scores == dict(zip(WEIGHTS, REWARDS[i], strict=True))
+        (said,) = [
+            s.outputs["rationale"] for s in best.data.spans if s.parent_id == span.span_id and "rationale" in s.outputs
+        ]
+        assert said == f"extracted {i}"
     assert len(best.data.spans) == 1 + 4 * (1 + 2)
 
     feedback = [a for a in best.info.assessments if a.feedback is not None]
@@ -157,6 +152,9 @@ def test_a_trace_holds_the_group_with_its_times_tokens_and_rewards(
     for i, span in enumerate(completions):
         values = {a.name: a.feedback.value for a in feedback if a.span_id == span.span_id}
         assert values == {"exact_match": REWARDS[i][0], "format": REWARDS[i][1], "reward": totals[i]}
+        said = {a.name: a.rationale for a in feedback if a.span_id == span.span_id}
+        assert said["exact_match"] == f"completion {i}: extracted {i} (counts 1 x)"
+        assert said["format"] == f"completion {i}: format gave {REWARDS[i][1]:g} (counts 0.2 x)"
     (expectation,) = [a for a in best.info.assessments if a.expectation is not None]
     assert (expectation.name, expectation.expectation.value) == ("answer", "42")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from raygrpo.tracking import Tracker, resolve_tracking_uri
 from raygrpo.tracking.describe import dataset_facts, flatten
-from raygrpo.tracking.figures import draw_reward_curve, smooth
+from raygrpo.tracking.figures import RewardCurve, smooth
+from raygrpo.tracking.journal import Record
+from raygrpo.tracking.machine import MachineMetrics
 from raygrpo.tracking.store import metric_name, run_url, ui_command, without_password
 from tests.tracking.conftest import FirstRun, MakeConfig, Store, make_config, make_group
 
@@ -131,6 +134,16 @@ def test_system_metrics(configure: MakeConfig, tmp_path: Path, wanted: bool) -> 
         assert 0.0 < values["system/system_memory_usage_percentage"] <= 100.0
 
 
+def test_the_cpu_is_measured_whichever_thread_asks() -> None:
+    machine = MachineMetrics()
+    for _ in range(3):
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            sum(range(1000))
+        with ThreadPoolExecutor(1) as thread:  # a new one each time
+            assert 1.0 < thread.submit(machine).result()["system/cpu_utilization_percentage"] <= 100.0
+
+
 def test_experiment(configure: MakeConfig, tmp_path: Path) -> None:
     links = Tracker(configure(tracking={"experiment": "of my own"}), str(tmp_path / "run")).finish()
     (run,) = Store(links.tracking_uri).runs("of my own")
@@ -193,9 +206,27 @@ def test_smoothing_is_the_unbiased_moving_average() -> None:
 
 
 def test_no_figure_before_there_is_a_reward(tmp_path: Path) -> None:
-    assert not draw_reward_curve({0: {"policy/loss": 1.0}}, "name", tmp_path / "figure.png")
+    curve = RewardCurve("name")
+    curve.add(Record(0, 0, {"policy/loss": 1.0}))
+    assert not curve.draw(tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
-    assert draw_reward_curve({0: {"reward/mean": 1.0}}, "name", tmp_path / "figure.png")  # a single step, nothing else
+    curve.add(Record(0, 1, {"reward/mean": 1.0}))
+    assert curve.draw(tmp_path / "figure.png")  # a single step, nothing else
+
+
+def test_the_figure_has_the_last_values_of_a_step_and_the_evaluations(tmp_path: Path) -> None:
+    def picture(name: str, *records: Record) -> bytes:
+        curve = RewardCurve("name")
+        for record in records:
+            curve.add(record)
+        assert curve.draw(tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    steps = [Record(step, step, {"reward/mean": 0.1 * step, "reward/std": 0.1}) for step in range(6)]
+    again = Record(3, 99, {"reward/mean": 0.9, "reward/std": 0.1})
+    once = picture("once.png", *steps)
+    assert picture("again.png", *steps, again) == picture("last.png", *steps[:3], again, *steps[4:]) != once
+    assert picture("eval.png", *steps, Record(5, 7, {"eval/held_out/reward": 0.4})) != once
 
 
 def test_importing_the_tracker_is_light() -> None:

@@ -135,6 +135,8 @@ def test_a_run_entered_by_id_without_its_directory_keeps_its_points_and_history(
 ) -> None:
     first = Tracker(configure(), str(tmp_path / "run"))
     log_steps(first, range(4))
+    time.sleep(0.01)
+    first.log_step(1, {"eval/held_out/reward": 0.5})  # of the same step, at another time
     run_id = first.finish().run_id
     second = Tracker(configure(), str(tmp_path / "elsewhere"), run_id)
     log_steps(second, range(2, 6), offset=100.0)
@@ -142,6 +144,9 @@ def test_a_run_entered_by_id_without_its_directory_keeps_its_points_and_history(
     assert links.run_id == run_id
     assert store_points(links) == [(step, step / 10 + (100.0 if step >= 4 else 0.0)) for step in range(6)]
     assert [second.history()[step]["reward/mean"] for step in range(6)] == [0.0, 0.1, 100.2, 100.3, 100.4, 100.5]
+    assert second.evaluations()[1]["eval/held_out/reward"] == 0.5
+    tags = Store(links.tracking_uri).client.get_run(run_id).data.tags
+    assert tags["raygrpo.repeated_steps"] == "2, 3"
 
 
 @pytest.mark.parametrize("fate", ["unknown", "malformed", "deleted"])
@@ -204,6 +209,9 @@ def test_what_finish_could_not_deliver_is_delivered_later(
         tracker = Tracker(configure(tracking={"finish_timeout_s": 0.2}), str(tmp_path / "run"), tags={"job": "j"})
         tracker.start()
         log_steps(tracker, range(6))
+        deadline = time.monotonic() + 60
+        while not caplog.messages and time.monotonic() < deadline:  # a figure comes before the first attempt
+            time.sleep(0.01)
         began, before_ms = time.monotonic(), time.time() * 1000
         links = tracker.finish("FAILED", summary={"a": 1})
         assert time.monotonic() - began < 10  # 0.2 s of waiting and the figure, not the 30 s between attempts

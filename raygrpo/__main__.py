@@ -1,0 +1,5 @@
+"""`python -m raygrpo` is `raygrpo`."""
+
+from raygrpo.cli import main
+
+main()
