@@ -281,6 +281,23 @@ def bench_pipeline(
     run(json=json, quick=quick)
 
 
+@bench.command("publish")
+def bench_publish(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the model's weights.")] = 500,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    generators: Annotated[int, typer.Option(min=1, help="Generators that load each version.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Publishes, one after the other.")] = 5,
+) -> None:
+    """Bytes and seconds of a publish, from packing the weights to the last generator's acknowledgement.
+
+    A random model in real vLLM generators; after every publish their log-probabilities must be the model's.
+    """
+    from raygrpo.bench.publish import main as run
+
+    _or_exit(lambda: run(json=json, megabytes=megabytes, dtype=dtype, num_generators=generators, rounds=rounds))
+
+
 def _follow(jobs: RayJobs, job_id: str) -> None:
     """Show a submitted job's log until it has ended, and end with the job's own success. Ctrl-C stops the job."""
     from rich.console import Console

@@ -154,10 +154,12 @@ class LocalRun:
         if self._version < 0:
             self._watcher.on_phase("training")
         self._version = version
+        seconds = time.time() - start_s
         self._report = PublishReport(
             version=version,
             num_bytes=weights.num_bytes,
-            seconds=time.time() - start_s,
+            seconds=seconds,
+            load_s=seconds,
             end_s=time.time(),
             num_generators=1,
             failed=[],
