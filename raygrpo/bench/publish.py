@@ -7,6 +7,7 @@ generators' log-probabilities with the model's own: bytes that did not arrive wo
     pack     one pass over the tensors, with their digests
     put      a copy into Ray's object store
     ack      until every generator has verified and loaded them; load: of that, the slowest generator's own time
+    CPU      seconds of all processes meanwhile: on a busy machine they say more than the clock
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.bench.pipeline_roles import embedded_ray, prompt_set, start_actor
+from raygrpo.bench.processes import cpu_seconds
 from raygrpo.bench.tables import table
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.roles.controller import RolloutController
@@ -43,6 +45,7 @@ class PublishCost:
     put_s: float
     ack_s: float
     load_s: float
+    cpu_s: float  # of this process and all below it
     logprob_diff: float  # mean over the tokens of COMPLETION, of the generator that is furthest away
 
     @property
@@ -132,6 +135,7 @@ def _publish(model: nn.Module, controller: Any, generators: list[Any], version: 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.01 * (-1) ** version)
+    before_s = _cpu_s()
     start_s = time.perf_counter()
     packed = pack(((name, parameter.detach()) for name, parameter in model.named_parameters()), copy=False)
     packed_s = time.perf_counter()
@@ -139,6 +143,7 @@ def _publish(model: nn.Module, controller: Any, generators: list[Any], version: 
     put_s = time.perf_counter()
     report = ray.get(controller.publish.remote(version, [weights]))
     end_s = time.perf_counter()
+    cpu_s = _cpu_s() - before_s
     if report.failed or report.num_bytes != packed.num_bytes:
         raise RuntimeError(f"the publish failed: {report}")
     expected = _logprobs(model)
@@ -152,8 +157,13 @@ def _publish(model: nn.Module, controller: Any, generators: list[Any], version: 
         put_s=put_s - packed_s,
         ack_s=end_s - put_s,
         load_s=report.load_s,
+        cpu_s=cpu_s,
         logprob_diff=difference,
     )
+
+
+def _cpu_s() -> float:
+    return sum(seconds for _, seconds in cpu_seconds().values())
 
 
 def _logprobs(model: Any) -> Any:
@@ -217,9 +227,10 @@ def _table(costs: list[PublishCost]) -> str:
             f"{cost.put_s:.3f}",
             f"{cost.ack_s:.3f}",
             f"{cost.load_s:.3f}",
+            f"{cost.cpu_s:.2f}",
             f"{cost.gb_per_s:.2f}",
             f"{cost.logprob_diff:.1e}",
         )
         for index, cost in enumerate(costs)
     ]
-    return table(["round", "MB", "pack s", "put s", "ack s", "load s", "GB/s", "logprob diff"], rows)
+    return table(["round", "MB", "pack s", "put s", "ack s", "load s", "CPU s", "GB/s", "logprob diff"], rows)

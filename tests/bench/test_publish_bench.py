@@ -18,7 +18,7 @@ def test_generators_compute_the_published_model_after_every_round(ray_session, t
     for cost in costs:
         assert cost.logprob_diff < 1e-4
         assert abs(cost.num_bytes - 2e6) < 5e5
-        assert 0 < cost.load_s < cost.ack_s
+        assert 0 < cost.load_s < cost.ack_s and cost.cpu_s > 0
         assert cost.gb_per_s == pytest.approx(cost.num_bytes / 1e9 / (cost.pack_s + cost.put_s + cost.ack_s))
 
 
@@ -30,7 +30,9 @@ def test_a_generator_with_other_weights_is_an_error(ray_session, tmp_path, monke
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
-    cost = publish.PublishCost(num_bytes=10**9, pack_s=0.1, put_s=0.2, ack_s=0.7, load_s=0.6, logprob_diff=1e-6)
+    cost = publish.PublishCost(
+        num_bytes=10**9, pack_s=0.1, put_s=0.2, ack_s=0.7, load_s=0.6, cpu_s=0.9, logprob_diff=1e-6
+    )
     monkeypatch.setattr(publish, "run", lambda directory, **settings: [cost] * settings["rounds"])
     publish.main(rounds=2)
     assert "1.00 GB/s at best: 1000 MB in float32, 1 generator (mark: 0.7 for 500 MB)" in capsys.readouterr().out
