@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
 
@@ -285,7 +285,7 @@ def bench_pipeline(
 def bench_publish(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
     megabytes: Annotated[int, typer.Option(min=1, help="Size of the model's weights.")] = 500,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
     generators: Annotated[int, typer.Option(min=1, help="Generators that load each version.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Publishes, one after the other.")] = 5,
 ) -> None:
