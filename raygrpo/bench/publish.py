@@ -34,6 +34,7 @@ Dtype = Literal["float32", "bfloat16"]
 MARK_GB_PER_S = 0.7  # of a model of 500 MB, on one machine
 MAX_LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.1}  # mean over a completion's tokens
 HIDDEN, HEADS, VOCABULARY = 768, 12, 32_000  # of the model; its depth follows from its size
+CHANGE = 0.3  # of every weight in a round, up and down in turn: what a lost publish would show is far above the limits
 PROMPT, COMPLETION = list(range(100, 140)), list(range(200, 216))
 KV_CACHE_BYTES = 64 * 2**20
 
@@ -134,7 +135,7 @@ def _publish(model: nn.Module, controller: Any, generators: list[Any], version: 
 
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1 + 0.01 * (-1) ** version)
+            parameter.mul_(1 + CHANGE * (-1) ** version)
     before_s = _cpu_s()
     start_s = time.perf_counter()
     packed = pack(((name, parameter.detach()) for name, parameter in model.named_parameters()), copy=False)
@@ -176,7 +177,7 @@ def _logprobs(model: Any) -> Any:
 
 
 def random_model(directory: Path, *, megabytes: int, dtype: Dtype, hidden: int, vocabulary: int) -> Any:
-    """A Qwen3 with tied head, of at least one layer and about this size, saved with a tokenizer of bytes."""
+    """A Qwen3 with tied head, of at least one layer and about this size, saved with a tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 

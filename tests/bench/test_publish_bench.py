@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from raygrpo.bench import publish
 
@@ -22,8 +23,19 @@ def test_generators_compute_the_published_model_after_every_round(ray_session, t
         assert cost.gb_per_s == pytest.approx(cost.num_bytes / 1e9 / (cost.pack_s + cost.put_s + cost.ack_s))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_publish_that_was_lost_would_be_noticed(tmp_path, dtype):
+    """The log-probabilities of two rounds differ by more than the limit allows."""
+    model = publish.random_model(tmp_path, megabytes=1, dtype=dtype, **SMALL)
+    before = publish._logprobs(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + publish.CHANGE)
+    difference = (publish._logprobs(model) - before).abs().mean().item()
+    assert difference > 3 * publish.MAX_LOGPROB_DIFF[dtype]
+
+
 def test_a_generator_with_other_weights_is_an_error(ray_session, tmp_path, monkeypatch):
-    """As if a publish had been lost."""
     monkeypatch.setattr(publish, "_logprobs", lambda model, logprobs=publish._logprobs: logprobs(model) + 0.01)
     with pytest.raises(RuntimeError, match=r"log-probabilities differ by 0\.01"):
         publish.run(tmp_path, megabytes=1, dtype="float32", rounds=1, **SMALL)
