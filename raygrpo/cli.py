@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
 
@@ -363,6 +363,23 @@ def bench_pipeline(
     from raygrpo.bench.pipeline import main as run
 
     run(json=json, quick=quick)
+
+
+@bench.command("publish")
+def bench_publish(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the model's weights.")] = 500,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    generators: Annotated[int, typer.Option(min=1, help="Generators that load each version.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Publishes, one after the other.")] = 5,
+) -> None:
+    """Bytes and seconds of a publish, from packing the weights to the last generator's acknowledgement.
+
+    A random model in real vLLM generators; after every publish their log-probabilities must be the model's.
+    """
+    from raygrpo.bench.publish import main as run
+
+    _or_exit(lambda: run(json=json, megabytes=megabytes, dtype=dtype, num_generators=generators, rounds=rounds))
 
 
 def _follow(jobs: RayJobs, job_id: str) -> None:

@@ -126,6 +126,10 @@ DEEPSPEED_KEYS_SET_ELSEWHERE = {
     "gradient_clipping": "learner.optimizer.max_grad_norm",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    # Its asynchronous writers return before the files are there to be digested, and one that has died drops what it is
+    # given without an error.
+    "checkpoint": "checkpoint",
+    "datastates_ckpt": "checkpoint",
 }
 
 

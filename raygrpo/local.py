@@ -177,10 +177,12 @@ class LocalRun:
         if is_first:
             self._watcher.on_phase("training")
         self._version = version
+        seconds = time.time() - start_s
         self._report = PublishReport(
             version=version,
             num_bytes=weights.num_bytes,
-            seconds=time.time() - start_s,
+            seconds=seconds,
+            load_s=seconds,
             end_s=time.time(),
             num_generators=1,
             failed=[],

@@ -18,11 +18,12 @@ from raygrpo.types import Prompt, Rollout, RolloutGroup
 
 @dataclass(frozen=True)
 class Script:
-    """By ticket. die_once: directory of the marks that say who died already."""
+    """By ticket. marks: directory of the files that say what went wrong already."""
 
     seconds: dict[int, float] = field(default_factory=dict)  # a straggler takes so long
     refuse: frozenset[int] = frozenset()  # the request cannot be served, by no generator
     die: frozenset[int] = frozenset()  # the process exits, once for each of these tickets
+    shorten: frozenset[int] = frozenset()  # the group lacks a completion, once for each of these tickets
     marks: str = ""
     flat_prompts: frozenset[int] = frozenset()  # prompt ids whose completions are all the same
 
@@ -50,6 +51,9 @@ class FakeGenerator:
         if ticket in script.die and not Path(script.marks, str(ticket)).exists():
             Path(script.marks, str(ticket)).touch()
             os._exit(1)
+        if ticket in script.shorten and not Path(script.marks, str(ticket)).exists():
+            Path(script.marks, str(ticket)).touch()
+            seeds = seeds[:-1]
         await asyncio.sleep(script.seconds.get(ticket, 0.02))
         right = (
             [False] * len(seeds) if prompt.prompt_id in script.flat_prompts else [i % 2 == 0 for i in range(len(seeds))]

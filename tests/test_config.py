@@ -277,6 +277,8 @@ def test_zero_options_that_are_no_mapping_are_refused(load, value):
         ("gradient_clipping", "learner.optimizer.max_grad_norm"),
         ("bf16", "model.dtype"),
         ("fp16", "model.dtype"),
+        ("checkpoint", "follows from checkpoint"),
+        ("datastates_ckpt", "follows from checkpoint"),
     ],
 )
 def test_what_follows_from_other_settings_cannot_be_told_to_deepspeed(load, key, setting):

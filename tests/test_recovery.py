@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.chaos import DRIVER, NUM_STEPS, Fault, Outcome, check, record, train, write_task
+from tests import stalled_publish
+from tests.chaos import DRIVER, NUM_STEPS, Fault, Outcome, check, kill, record, started, train, write_task
 
 pytestmark = pytest.mark.timeout(1200)
 EVALUATED = [
@@ -74,6 +77,23 @@ def test_a_killed_driver_loses_at_most_the_steps_since_the_checkpoint(config, al
     outcome = train(config, "killed", [Fault(DRIVER, after_step=3, delay_s=0.0)], *ALONE)
     assert outcome.killed == [DRIVER]
     check(outcome, 0, alone)
+
+
+@pytest.mark.slow
+def test_a_driver_killed_between_publish_and_advance_changes_nothing(config, alone, tmp_path):
+    """All generators hold the version, and the gate does not know it yet. Version 3 is after the checkpoint of step 2,
+    before that of step 4."""
+    options = ["deterministic=true", "learner.num_workers=1", "name=between"]
+    mark = tmp_path / "stalled"
+    command = [sys.executable, stalled_publish.__file__, str(mark), "3", "train", str(config), *options]
+    with open(tmp_path / "log", "w") as log, started(command, config.parent, log) as process:
+        while not mark.exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        kill(process, DRIVER)
+    assert max(record(config.parent / "runs" / "between-latest")) < 3
+    resumed = train(config, "between", (), *options[:2], "--resume")
+    check(resumed, 0, alone)
 
 
 def test_killed_processes_do_not_change_a_bit(config):

@@ -229,6 +229,17 @@ def test_the_groups_of_a_generator_that_dies_go_to_others_and_it_comes_back(stre
     assert streamed.reports[-1].num_generators == 2, "both serve again"
 
 
+def test_a_group_with_too_few_completions_is_sampled_anew_and_its_generator_restarted(stream, tmp_path):
+    script = Script(shorten=frozenset({1, 6}), marks=str(tmp_path))
+    streamed = stream(script, num_steps=4, learn_s=1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "6"}
+    assert all(len(scored.group.rollouts) == GROUP_SIZE for scored in streamed.groups)
+    assert streamed.reports[-1].generator_failures == 2
+    for ticket in (1, 6):
+        flaw = "what it returned is no group: it has 3 of 4 completions"
+        assert any(f"ticket {ticket} failed on" in text and flaw in text for text in streamed.warnings)
+
+
 def test_a_group_that_failed_does_not_wait_for_the_others_of_its_block(stream, tmp_path):
     """Tickets 0 and 2 are at one generator, 1 and 3 at the other, which dies; 0 takes long."""
     script = Script(die=frozenset({1}), marks=str(tmp_path), seconds={0: 6.0, 1: 3.0, 3: 3.0})

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.timeout(500)
 GROUPS_PER_STEP, GROUP_SIZE, NUM_PROMPTS = 4, 4, 10
 
 TASK = (
-    LETTERS
+    "import time\nfrom pathlib import Path\n"
+    + LETTERS
     + """
 
 def moody(completion, answer):
@@ -41,6 +42,15 @@ def moody(completion, answer):
 
 def broken(completion):
     raise KeyError("gold")
+
+
+def sleepy(completion, answer):
+    with open(Path(__file__).with_name("calls"), "a+") as calls:
+        calls.write(".")
+        number = calls.tell()
+    if number == 50:
+        time.sleep(1e9)
+    return share(completion, answer)
 """
 )
 
@@ -271,6 +281,16 @@ def test_transformers_as_engine_and_a_reward_that_fails_now_and_then(run, tmp_pa
         assert metrics["sampling/logprob_diff"] < 1e-4
         failed += len(errors)
     assert 0 < failed < 3 * GROUPS_PER_STEP * GROUP_SIZE
+
+
+@pytest.mark.slow
+def test_a_reward_that_sleeps_for_ever_costs_its_rollout_and_no_more(run):
+    _, result, _ = run(
+        "generator.engine=transformers", "generator.vllm={}", "num_steps=5",
+        "reward.functions=[{use: task:sleepy, timeout_s: 3}]",
+    )  # fmt: skip
+    failed = {step: metrics["faults/reward_failed"] for step, metrics in result.history.items()}
+    assert failed == {step: float(step == 3) for step in range(5)}, "call 50 is of the fourth step's 16"
 
 
 @pytest.mark.slow

@@ -157,6 +157,10 @@ class VllmEngine:
             if not self._groups[group_id]:
                 del self._groups[group_id]
             finished.append((group_id, index, self._rollout(output)))
+        if self._samples and not self._finished and not self._engine.has_unfinished_requests():
+            raise EngineDeadError(
+                f"vLLM lost the requests {', '.join(list(self._samples)[:3])}: it has none unfinished"
+            )
         return finished
 
     def abort_group(self, group_id: str) -> None:

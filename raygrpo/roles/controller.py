@@ -91,6 +91,7 @@ class PublishReport:
     version: int
     num_bytes: int  # that each generator loaded
     seconds: float  # from the call to the last acknowledgement
+    load_s: float  # of that, to verify and load in the slowest generator
     end_s: float  # unix time of the last acknowledgement
     num_generators: int  # healthy ones, which hold the version
     failed: list[str]  # generators that did not load it
@@ -380,6 +381,7 @@ class RolloutController:
             version=version,
             num_bytes=max((ack.num_bytes for ack in acks), default=0),
             seconds=time.time() - start_s,
+            load_s=max((ack.load_s for ack in acks), default=0.0),
             end_s=time.time(),
             num_generators=len(self._pool.healthy),
             failed=failed,

@@ -376,6 +376,12 @@ class EngineThread:
                 seconds = sampled.generate_end_s - group.start_s
                 logger.info("sampled by version %d: %d tokens in %.3f s", self.version, num_tokens, seconds)
             group.result.set_result(sampled)
+        missing = sum(len(group.seeds) - len(group.rollouts) for group in self._running.values())
+        if missing > self._engine.num_unfinished:  # no later step would bring them
+            raise EngineDeadError(
+                f"the engine returned too few completions: {missing} are missing, and it works on "
+                f"{self._engine.num_unfinished}"
+            )
 
     def _abort(self, group: _Group) -> None:
         if self._running.pop(group.engine_id, None):

@@ -312,6 +312,31 @@ def test_a_broken_engine_fails_every_caller_and_ray_restarts_the_process(ray_ses
     ray.kill(actor)
 
 
+class ForgetfulGenerator(Generator):
+    """Its engine loses the first completion that it finishes."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        engine: Any = self._worker._engine
+        step, lost = engine.step, []
+
+        def lossy() -> list[Any]:
+            finished = step()
+            if finished and not lost:
+                lost.append(finished.pop(0))
+            return finished
+
+        engine.step = lossy
+
+
+def test_an_engine_that_returns_too_few_completions_is_dead_at_once(ray_session, paths):
+    """Not after generator.group_timeout_s."""
+    actor = ray.remote(ForgetfulGenerator).options(num_cpus=0.1).remote(**settings(paths[0], max_tokens=4))
+    with pytest.raises(EngineDeadError, match="too few completions: 1 are missing, and it works on 0"):
+        ray.get(actor.generate.remote(0, PROMPT, [1, 2, 3], 0), timeout=60)
+    ray.kill(actor)
+
+
 def test_vllm_generators_serve_published_weights(ray_session, paths, models, packed):
     """One reference in a list, as the controller passes it; both actors sample the same for the same seeds."""
     make = ray.remote(Generator).options(num_cpus=0.1)
