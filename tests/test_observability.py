@@ -69,7 +69,7 @@ def observed(tmp_path_factory) -> Iterator[Observed]:
     command = [
         str(Path(sys.executable).parent / "raygrpo"), "train", str(write_task(directory)), "max_staleness=1",
         "generator.engine=transformers", "generator.vllm={}", "generator.sampling.max_tokens=100",
-        "learner.num_workers=1", "algorithm.kl.coef=0.01", "log_level=debug",
+        "learner.num_workers=1", "algorithm.kl.coef=0.01", "log_level=debug", "num_steps=16", "checkpoint.every=8",
     ]  # fmt: skip
     run_dir, scrapes, address = directory / "runs" / "chaos-latest", [], None
     deadline_s = time.monotonic() + 400
