@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RunConfig
+from raygrpo.connect import worker_environment
 from raygrpo.data import sample_seed
 from raygrpo.evaluate import evaluate_with, groups_at_a_time
 from raygrpo.evaluation import findings, make_scorers
@@ -24,21 +25,20 @@ from raygrpo.in_process import sample_groups
 from raygrpo.logs import about
 from raygrpo.lora import AdapterMerger
 from raygrpo.prepare import PreparedRun
-from raygrpo.summary import summarise
-from raygrpo.timeline import Interval
-from raygrpo.train import (
+from raygrpo.run_directory import (
     CHECKPOINT_DIR,
     EXPORT_DIR,
     RunResult,
-    Watcher,
     driver_log,
     exported_policy,
     latest_run_directory,
     new_run_directory,
     run_info,
     run_result,
-    worker_environment,
 )
+from raygrpo.summary import summarise
+from raygrpo.timeline import Interval
+from raygrpo.train import Watcher
 from raygrpo.types import GroupRequest, RolloutGroup, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:

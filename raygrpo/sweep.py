@@ -27,8 +27,8 @@ from rich.table import Table
 
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
+from raygrpo.run_directory import latest_run_directory, new_run_directory
 from raygrpo.summary import summarise
-from raygrpo.train import latest_run_directory, new_run_directory
 from raygrpo.types import StepMetrics
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        from raygrpo.train import worker_environment
+        from raygrpo.connect import worker_environment
 
         repository = str(Path(__file__).parents[1])  # actors defined in tests are imported by workers
         ray.init(

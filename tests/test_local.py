@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from raygrpo.checkpoint import CheckpointStore, RunState
 from raygrpo.config_file import load_config
+from raygrpo.connect import worker_environment
 from raygrpo.data import prompt_index
 from raygrpo.local import train_locally
 from raygrpo.prepare import prepare
+from raygrpo.run_directory import RunResult
 from raygrpo.tracking import Tracker
-from raygrpo.train import RunResult, worker_environment
 from raygrpo.types import RunStopped
 from tests.conftest import run_config
 from tests.test_train import TASK, Recorder

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from raygrpo import logs
-from raygrpo.train import driver_log, run_info
+from raygrpo.run_directory import driver_log, run_info
 from raygrpo.types import LogLevel, RunInfo
 from tests.conftest import run_config
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ray._private.label_utils import validate_label_selector
 
+from raygrpo.connect import connect_to_ray
 from raygrpo.placement import capacity, missing_nodes, one_machine_problems, roles, satisfies
-from raygrpo.train import connect_to_ray
 from tests.conftest import run_config
 from tests.own_cluster import results_of
 

@@ -19,7 +19,8 @@ from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.data import prompt_index
 from raygrpo.prepare import prepare
-from raygrpo.train import RunResult, train
+from raygrpo.run_directory import RunResult
+from raygrpo.train import train
 from tests.chaos import TASK as LETTERS
 from tests.conftest import NUM_LOGICAL_CPUS
 from tests.engines.vllm_process import vllm_logprobs
