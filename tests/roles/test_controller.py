@@ -548,7 +548,7 @@ def test_a_node_that_takes_many_generators_with_it_costs_a_ticket_one_failure():
         again = asyncio.create_task(controller.claim(stream, 0))
         await wait_until(lambda: not controller._pool.healthy)
         assert not again.done(), "it went to none of the others, and waits"
-        assert [len(failures) for failures in controller._failures.values()] == [1]
+        assert [len(failures) for failures in controller._ledger.failures.values()] == [1]
         assert controller._pool.num_failures == len(generators)
         lost = False
         assert (await again).generator in generators
