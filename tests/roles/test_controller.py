@@ -60,7 +60,7 @@ class FakeGenerator:
             self.loading = False
         self.version = version
         self.loads.append((attempt, version, weights[0]))
-        return SimpleNamespace(generator=self.name, version=version, num_bytes=100, node=self.node)
+        return SimpleNamespace(generator=self.name, version=version, num_bytes=100, load_s=0.0, node=self.node)
 
 
 def prompt_set(num: int = NUM_PROMPTS) -> PromptSet:
