@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 LINE_PERIOD_S = 5.0  # between lines about steps: in a long run all of them would bury what else is said
 RECENT_STEPS = 20  # that tell how long the others will take
-
-
 STEP_LINE = re.compile(r" *[\d.]+ s  step (\d+)/(\d+)  (.*)")  # as LineWatcher writes it
 
 

@@ -27,6 +27,7 @@ STEP = {
     "completions/mean_length": 12.0,
     "staleness/max": 1.0,
     "perf/tokens_per_s": 100.0,
+    "timing_s/step": 1.0,
 }
 
 
