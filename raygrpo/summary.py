@@ -202,7 +202,7 @@ def _print_evaluations(console: Console, summary: RunSummary) -> None:
             (f"{progress.last:.3f}", "bold green" if better else "bold yellow"),
             (f" (after {progress.last_version}; best {progress.best:.3f} after {progress.best_version})", "dim"),
         )
-        console.print(line)
+        console.print(line, soft_wrap=True)
     if summary.evaluated:
         console.print()
 
