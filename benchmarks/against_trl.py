@@ -223,7 +223,7 @@ def replay(prepared: PreparedRun, trl: dict[str, Any]) -> list[tuple[float, floa
     CPU seconds that our learner took."""
     import torch.distributed as dist
 
-    from raygrpo.roles.learner import build_policy
+    from raygrpo.roles.policy import build_policy
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it; TRL, which must run before, would go distributed
     if not dist.is_initialized():

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     import ray.train
     from ray.actor import ActorHandle
 
-    from raygrpo.roles.controller import Claim
+    from raygrpo.roles.claims import Claim
 
 logger = logging.getLogger(__name__)
 

@@ -110,7 +110,7 @@ def unpack(packed: PackedWeights) -> dict[str, Tensor]:
 def _digest(data: np.ndarray) -> int:
     import xxhash
 
-    return xxhash.xxh3_64_intdigest(memoryview(data))
+    return xxhash.xxh3_64_intdigest(data.data)
 
 
 def _index_digest(index: Iterable[PackedTensor]) -> int:

@@ -283,12 +283,9 @@ def _repack_tied_head(model: Any) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    embeddings = {
-        module.weight.data_ptr()
-        for module in model.modules()
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
-    }
-    for module in model.modules():
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    embeddings = {module.weight.data_ptr() for module in modules if not isinstance(module, ParallelLMHead)}
+    for module in modules:  # a head is a kind of embedding there
         if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embeddings:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 

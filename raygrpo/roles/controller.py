@@ -33,27 +33,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from raygrpo.config import GeneratorConfig, SamplingConfig, WatchdogConfig
+from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.data import PromptSet, sample_seed
 from raygrpo.eval_config import EvalConfig
 from raygrpo.evaluation import Evaluation
 from raygrpo.gauges import CLAIMS, GATE, GENERATOR_FAILURES, GENERATORS, PERIOD_S, VERSION, Gauges
 from raygrpo.logs import about, always, open_log
-from raygrpo.roles.demand import Unplaced
-from raygrpo.roles.evaluation_turns import EvaluationTurns
-from raygrpo.roles.generator_pool import GeneratorPool, last_line
-from raygrpo.roles.watchdog import (
+from raygrpo.roles.claims import (
     AT_THE_GATE,
     WITHOUT_GENERATOR,
+    Claim,
     Failure,
     Ledger,
     PendingClaim,
-    Watchdog,
-    stall_report,
-    write_report,
+    fenced,
+    of_living_nodes,
 )
+from raygrpo.roles.demand import Unplaced
+from raygrpo.roles.evaluation_turns import EvaluationTurns
+from raygrpo.roles.generator_pool import GeneratorPool, last_line
+from raygrpo.roles.watchdog import Watchdog, stall_report, write_report
 from raygrpo.timeline import Interval
-from raygrpo.types import FENCED, GroupRequest, Prompt, RunInfo
+from raygrpo.types import GroupRequest, RunInfo
 
 if TYPE_CHECKING:
     import ray
@@ -66,22 +67,6 @@ RESIZE_PERIOD_S = 1.0
 STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 ROOM_PERIOD_S = 5.0  # between looks for what Ray has no machine for
 ROOM_PATIENCE_S = 15.0  # until that is said; then again after twice as long
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """What a ticket is worth: always the same prompt and seeds, and the generator that should sample it now."""
-
-    ticket: int
-    prompt: Prompt
-    seeds: list[int]  # one for each completion
-    min_version: int
-    sampling: SamplingConfig | None = None  # of an evaluation
-    generator: ActorHandle | None  # None: given up, or fenced; `error` says why
-    generator_name: str = ""
-    timeout_s: float = 0.0  # for the generator to answer
-    error: str = ""
-    attempt: int = 0  # of the learners
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +225,7 @@ class RolloutController:
                 claim, evaluation.ledger, lambda: self._evaluations.running is evaluation, lambda: True
             )
         if stream != self._active_stream or row >= self._num_tickets:
-            return _fenced(row)
+            return fenced(row)
         assert self._prompts is not None
         ticket = self._first_ticket + row
         request = GroupRequest(
@@ -272,7 +257,7 @@ class RolloutController:
         """The claim with a generator, as soon as it is admitted and one is healthy. is_open: of its stream."""
         ticket = claim.ticket
         failures = ledger.failures.get(ticket, [])
-        if len(failures) >= MAX_ATTEMPTS and len(_of_living_nodes(failures)) >= MAX_ATTEMPTS:
+        if len(failures) >= MAX_ATTEMPTS and len(of_living_nodes(failures)) >= MAX_ATTEMPTS:
             reasons = "; ".join(failure.reason for failure in failures)
             return replace(claim, error=f"{len(failures)} generators failed: {reasons}")
         if ticket in ledger.claims:  # of a stage that died: its work is repeated
@@ -289,7 +274,7 @@ class RolloutController:
                     lambda: not is_open() or self._pool.all_dead or (is_admitted() and self._pool.healthy)
                 )
                 if not is_open() or ledger.claims.get(ticket) is not pending:
-                    return _fenced(ticket)
+                    return fenced(ticket)
                 if self._pool.all_dead:
                     raise RuntimeError(self._pool.cause_of_death)
                 name = self._pool.take()
@@ -297,11 +282,11 @@ class RolloutController:
             if not failures or await self._pool.confirm(name):
                 break
             if ledger.claims.get(ticket) is not pending:
-                return _fenced(ticket)
+                return fenced(ticket)
             self._pool.give_back(name)
             pending.where = WITHOUT_GENERATOR
         if ledger.claims.get(ticket) is not pending:
-            return _fenced(ticket)
+            return fenced(ticket)
         pending.node = self._pool.nodes.get(name, "")
         with about(group=ticket):
             logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
@@ -566,24 +551,6 @@ class RolloutController:
             f"{health}, version {status.version}, {status.groups_running} groups running, {status.groups_waiting} "
             f"waiting, {status.num_groups} finished\n{stacks}"
         )
-
-
-def _fenced(row: int) -> Claim:
-    prompt = Prompt(prompt_id=-1, prompt_ids=[], text="")
-    error = f"row {row} belongs to a stream that has ended"
-    return Claim(ticket=FENCED, prompt=prompt, seeds=[], min_version=0, generator=None, error=error)
-
-
-def _of_living_nodes(failures: list[Failure]) -> list[Failure]:
-    """Those that no lost node explains."""
-    living = living_nodes()
-    return [failure for failure in failures if not failure.node or failure.node in living]
-
-
-def living_nodes() -> set[str]:
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _was_restarted() -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 
 from raygrpo.eval_config import EvalConfig
 from raygrpo.evaluation import Evaluation
+from raygrpo.roles.claims import Ledger
 from raygrpo.roles.generator_pool import last_line
-from raygrpo.roles.watchdog import Ledger
 from raygrpo.timeline import Interval
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import platform
 import time
 import warnings
@@ -23,21 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.checkpoint import Checkpoint, CheckpointStore, RunState
-from raygrpo.config import TRAINING_REWARD, ModelConfig, RunConfig
+from raygrpo.config import TRAINING_REWARD, RunConfig
 from raygrpo.logs import about, always, open_log
-from raygrpo.lora import add_adapters, merge, split_adapters
+from raygrpo.roles.policy import build_policy, export_policy
+from raygrpo.roles.step_report import Facts, StepTimes, combine_facts, facts_of, merge_times
 from raygrpo.stream import iterate_groups
-from raygrpo.timeline import Interval, covered_seconds, stage_seconds
+from raygrpo.timeline import Interval
 from raygrpo.types import FENCED, RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from raygrpo.engines.deepspeed import DeepSpeedEngine
     from raygrpo.roles.controller import PublishReport
     from raygrpo.roles.link import RayLink, RunLink
-    from raygrpo.shared_prefix.cost import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +143,7 @@ class Learner:
         self._generator_failures = 0  # that earlier steps reported
         self._evaluations_failed = 0  # the same
         self._rank = dist.get_rank()
-        self._unreported: tuple[int, StepMetrics, _StepTimes] | None = None
+        self._unreported: tuple[int, StepMetrics, StepTimes] | None = None
         self._last_publish: Interval = (0.0, 0.0)
         self._step_start_s = time.time()
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -282,16 +277,20 @@ class Learner:
             self._rewards.append(metrics["reward/mean"])
             if self._rank == 0 and self._config.tracking.shows_samples(step):
                 self._link.log_samples(step, groups, advantages)
-            times = _StepTimes(
+            times = StepTimes(
                 wait=(wait_start_s, learn_start_s),
                 learn=(learn_start_s, learn_end_s),
                 generate=[(g.group.generate_start_s, g.group.generate_end_s) for g in groups],
                 score=[(g.score_start_s, g.score_end_s) for g in groups],
             )
-            facts = _gather((_facts(groups, step, self._shape), times))
+            facts = _gather((facts_of(groups, step, self._shape), times))
             self._check_tickets(step, [f for f, _ in facts])
             self.publish(step + 1)
-            self._unreported = (step, metrics | _combine_facts([f for f, _ in facts]), _merge([t for _, t in facts]))
+            self._unreported = (
+                step,
+                metrics | combine_facts([f for f, _ in facts]),
+                merge_times([t for _, t in facts]),
+            )
         self._report()
         try:
             while True:
@@ -301,8 +300,8 @@ class Learner:
             return
 
     def _collect(self, step: int, next_group: Callable[[], ScoredGroup]) -> list[ScoredGroup]:
-        """This rank's share of the step, in ticket order; groups that failed to be generated are counted by _facts and
-        left out later."""
+        """This rank's share of the step, in ticket order; groups that failed to be generated are counted
+        (facts_of) and left out later."""
         per_step = self._config.groups_per_step
         groups = [next_group() for _ in range(per_step // self._config.learner.num_workers)]
         for scored in groups:
@@ -329,7 +328,7 @@ class Learner:
             )
         self._is_checked = True
 
-    def _check_tickets(self, step: int, facts: list[_Facts]) -> None:
+    def _check_tickets(self, step: int, facts: list[Facts]) -> None:
         """Every group of the step was trained once, on one rank, and no other."""
         per_step = self._config.groups_per_step
         tickets = sorted(ticket for f in facts for ticket in f.tickets)
@@ -399,166 +398,6 @@ class Learner:
             self._link.learners_do("waiting for the last evaluation")
             self._link.evaluated()
             self._checkpoints.rank(self._scores(self._config.num_steps + 1))
-
-
-def build_policy(config: RunConfig) -> tuple[nn.Module, DeepSpeedEngine, Any, ModelShape]:
-    """The policy, its engine, its updater, and its shape for the cost model; needs torch.distributed."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    from raygrpo.engines.deepspeed import DeepSpeedEngine
-    from raygrpo.roles.policy_update import PolicyUpdater
-    from raygrpo.shared_prefix import enable_shared_prefix
-    from raygrpo.shared_prefix.cost import ModelShape
-
-    transformers_logging.disable_progress_bar()
-    learner, algorithm = config.learner, config.algorithm
-    device = torch.device("cuda", torch.cuda.current_device()) if learner.num_gpus else torch.device("cpu")
-    if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(learner.num_threads or max(1, cores // learner.num_workers))
-    torch.manual_seed(config.seed)
-
-    def load() -> Any:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model.path,
-            dtype=getattr(torch, config.model.dtype),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        model.to(device)
-        enable_shared_prefix(model, attention=learner.attention)
-        return model
-
-    policy = load()
-    if config.model.lora is not None:
-        policy = add_adapters(policy, config.model.lora)
-    policy.train()
-    if config.model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    adapters_off = getattr(policy, "disable_adapter", None) if config.model.lora is not None else None
-    needs_reference = algorithm.kl.coef > 0 and adapters_off is None
-    reference = load().eval().requires_grad_(False) if needs_reference else None
-    shape = ModelShape.from_config(policy.config)
-    num_updates = config.num_steps * algorithm.updates_per_step
-    engine = DeepSpeedEngine(policy, learner, dtype=config.model.dtype, num_updates=num_updates)
-    updater = PolicyUpdater(
-        engine,
-        reference,
-        algorithm,
-        config.reward,
-        max_tokens=learner.max_tokens,
-        temperature=config.generator.sampling.temperature,
-        max_completion_tokens=config.generator.sampling.max_tokens,
-        skip_zero_advantages=learner.skip_zero_advantages,
-        min_shared_head=learner.min_shared_head,
-        device=device,
-        adapters_off=adapters_off,
-    )
-    return policy, engine, updater, shape
-
-
-def export_policy(policy: Any, state: dict[str, torch.Tensor], model: ModelConfig, directory: str) -> None:
-    """A directory that AutoModelForCausalLM.from_pretrained and vLLM load: safetensors, tokenizer, generation config.
-    With LoRA the adapters are merged into the weights, and lie in `adapter` besides, for peft."""
-    from transformers import AutoTokenizer
-
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    if model.lora is not None:
-        policy.save_pretrained(str(Path(directory, "adapter")), state_dict=state)
-        frozen, adapters = split_adapters(state.items())
-        state = merge(frozen, adapters, model.lora.scaling, model.dtype)
-        policy = policy.get_base_model()
-    policy.save_pretrained(directory, state_dict=state)
-    AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).save_pretrained(directory)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StepTimes:
-    """When the stages of one step ran (unix time): of one rank, or of all."""
-
-    wait: Interval
-    learn: Interval
-    generate: list[Interval]
-    score: list[Interval]
-
-    def metrics(
-        self, publish: list[Interval], evaluate: list[Interval] | None, start_s: float, end_s: float
-    ) -> StepMetrics:
-        """evaluate: None where the run has no evaluations."""
-        stages = {
-            "generate": self.generate,
-            "reward": self.score,
-            "learn": [self.learn],
-            "publish": publish,
-        }
-        if evaluate is not None:
-            stages["evaluate"] = evaluate
-        timing = stage_seconds(stages, start_s, end_s)
-        timing["dispatch"] = max(0.0, min(start for start, _ in self.generate) - start_s)
-        timing["deliver"] = max(0.0, self.wait[1] - max(end for _, end in self.score))
-        idle = covered_seconds([self.wait], start_s, end_s) / timing["step"]
-        return {f"timing_s/{name}": value for name, value in timing.items()} | {"perf/learner_idle_fraction": idle}
-
-
-def _merge(times: list[_StepTimes]) -> _StepTimes:
-    """Of all ranks: lists joined; the step's wait ends when the last rank has its groups, learning when the last is
-    done."""
-    return _StepTimes(
-        wait=(times[0].wait[0], max(t.wait[1] for t in times)),
-        learn=(min(t.learn[0] for t in times), max(t.learn[1] for t in times)),
-        generate=[interval for t in times for interval in t.generate],
-        score=[interval for t in times for interval in t.score],
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """Counts over one rank's groups of a step."""
-
-    tickets: list[int]
-    staleness: list[int]
-    num_completion_tokens: int
-    tokens_shared: int  # that the shared-prefix forward encodes
-    tokens_repeated: int  # that encoding every prompt + completion would
-    flops_shared: float
-    flops_repeated: float
-    groups_failed: int
-    replacements: int  # prompts given up by dynamic sampling
-
-
-def _facts(groups: list[ScoredGroup], step: int, shape: ModelShape) -> _Facts:
-    from raygrpo.shared_prefix.cost import num_tokens, training_flops
-
-    lengths = [(len(g.group.prompt.prompt_ids), [len(r.completion_ids) for r in g.group.rollouts]) for g in groups]
-    sampled = [length for length in lengths if length[1]]
-    return _Facts(
-        tickets=[g.group.ticket for g in groups],
-        staleness=[step - g.group.policy_version for g in groups],
-        num_completion_tokens=sum(sum(completions) for _, completions in sampled),
-        tokens_shared=sum(num_tokens(length, shared=True) for length in sampled),
-        tokens_repeated=sum(num_tokens(length, shared=False) for length in sampled),
-        flops_shared=training_flops(shape, sampled, shared=True),
-        flops_repeated=training_flops(shape, sampled, shared=False),
-        groups_failed=sum(bool(g.group.error) for g in groups),
-        replacements=sum(g.group.replacement for g in groups),
-    )
-
-
-def _combine_facts(facts: list[_Facts]) -> StepMetrics:
-    staleness = [value for f in facts for value in f.staleness]
-    shared, repeated = sum(f.tokens_shared for f in facts), sum(f.tokens_repeated for f in facts)
-    return {
-        "staleness/mean": sum(staleness) / len(staleness),
-        "staleness/max": float(max(staleness)),
-        "completions/num_tokens": float(sum(f.num_completion_tokens for f in facts)),
-        "prefix/tokens_encoded": float(shared),
-        "prefix/tokens_repeated": float(repeated),
-        "prefix/token_ratio": repeated / max(shared, 1),
-        "prefix/speedup_limit": sum(f.flops_repeated for f in facts) / max(sum(f.flops_shared for f in facts), 1.0),
-        "faults/groups_failed": float(sum(f.groups_failed for f in facts)),
-        "prompts/replaced": float(sum(f.replacements for f in facts)),
-    }
 
 
 def _attempt_io(action: Callable[[], object]) -> str | None:

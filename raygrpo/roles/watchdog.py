@@ -10,43 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from raygrpo.config import WatchdogConfig
-
-AT_THE_GATE, WITHOUT_GENERATOR = "at the gate", "for a healthy generator"
-
-
-@dataclass(slots=True, kw_only=True)
-class PendingClaim:
-    """A claim that was asked for and has not come back."""
-
-    ticket: int
-    where: str  # the generator's name, AT_THE_GATE or WITHOUT_GENERATOR
-    since_s: float  # time.monotonic()
-    node: str = ""  # of the generator
-    is_evaluation: bool = False
-
-    @property
-    def what(self) -> str:
-        return f"row {self.ticket} of the evaluation" if self.is_evaluation else f"ticket {self.ticket}"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Of a generator, while it had a claim's group."""
-
-    reason: str
-    node: str  # of the generator; "" where it is not known
-
-
-@dataclass(slots=True)
-class Ledger:
-    """What is known of a stream's claims, by ticket."""
-
-    claims: dict[int, PendingClaim] = field(default_factory=dict)
-    failures: dict[int, list[Failure]] = field(default_factory=dict)  # so far
+from raygrpo.roles.claims import AT_THE_GATE, WITHOUT_GENERATOR, PendingClaim
 
 
 class Watchdog:

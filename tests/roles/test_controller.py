@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from raygrpo.config import GeneratorConfig
 from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
-from raygrpo.roles import controller as controller_module
+from raygrpo.roles import claims as claims_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
 from raygrpo.types import FENCED
@@ -485,7 +485,7 @@ def test_generators_that_do_not_come_back_in_time_are_an_error():
 
 def test_a_ticket_on_which_generators_keep_failing_is_given_up(monkeypatch):
     nodes = {f"node of {name}" for name in "abcd"}
-    monkeypatch.setattr(controller_module, "living_nodes", lambda: nodes)
+    monkeypatch.setattr(claims_module, "living_nodes", lambda: nodes)
 
     async def run() -> None:
         controller = make_controller(*(FakeGenerator(name) for name in "abcd"))
@@ -512,7 +512,7 @@ def test_a_ticket_on_which_generators_keep_failing_is_given_up(monkeypatch):
 
 
 def test_a_failure_that_the_group_cannot_have_caused_does_not_count_against_it(monkeypatch):
-    monkeypatch.setattr(controller_module, "living_nodes", lambda: {"node of a"})
+    monkeypatch.setattr(claims_module, "living_nodes", lambda: {"node of a"})
 
     async def run() -> None:
         controller = make_controller(FakeGenerator("a"))

@@ -11,7 +11,7 @@ import pytest
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.evaluation import Evaluation
-from raygrpo.roles import controller as controller_module
+from raygrpo.roles import claims as claims_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
 from raygrpo.types import FENCED
@@ -181,7 +181,7 @@ def test_an_evaluator_that_fails_costs_the_evaluation():
 
 
 def test_groups_of_a_generator_that_fails_go_to_another_and_are_given_up_in_the_end(monkeypatch):
-    monkeypatch.setattr(controller_module, "living_nodes", lambda: {"node of a", "node of b"})
+    monkeypatch.setattr(claims_module, "living_nodes", lambda: {"node of a", "node of b"})
 
     async def run() -> None:
         seen = []

@@ -11,9 +11,10 @@ import pytest
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.roles import controller as controller_module
 from raygrpo.roles import generator_pool as pool_module
+from raygrpo.roles.claims import AT_THE_GATE, PendingClaim
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.generator_pool import GeneratorPool
-from raygrpo.roles.watchdog import AT_THE_GATE, PendingClaim, stall_report
+from raygrpo.roles.watchdog import stall_report
 from tests.roles.test_controller import (
     WEIGHTS,
     FakeGenerator,

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
 from raygrpo.config import AlgorithmConfig
-from raygrpo.roles.learner import build_policy
+from raygrpo.roles.policy import build_policy
 from raygrpo.types import Reward, RunStopped
 from tests.roles.update_cases import (
     ADAPTER_CASES,

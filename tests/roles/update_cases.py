@@ -136,7 +136,7 @@ def make_step(model: nn.Module, step: int, temperature: float = 1.0) -> list[Sco
 
 def run_updates(rank: int, world: int, config: RunConfig, steps: list[list[ScoredGroup]]) -> dict[str, Any]:
     """Weights, metrics of each step and this rank's advantages, after the steps. Groups go round robin to the ranks."""
-    from raygrpo.roles.learner import build_policy
+    from raygrpo.roles.policy import build_policy
 
     warnings.filterwarnings("ignore")
     _, engine, updater, _ = build_policy(config)
