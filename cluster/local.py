@@ -219,7 +219,9 @@ def main() -> int:
         cluster.start()
         say(f"dashboard {cluster.dashboard} (token {cluster.token}), MLflow {cluster.mlflow}")
         command = ["raygrpo", "submit", arguments.config, "--address", cluster.dashboard]
-        command += [f"output_dir={directory / 'runs'}", f"tracking.uri={cluster.mlflow}", *arguments.overrides]
+        command += [f"output_dir={directory / 'runs'}", f"tracking.uri={cluster.mlflow}"]
+        command += [f"{role}.label_selector={{raygrpo-role: {role}}}" for role in ("learner", "generator")]
+        command += arguments.overrides
         say(shlex.join(command))
         status = cluster.run(command)
     except RuntimeError as error:

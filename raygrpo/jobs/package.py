@@ -82,6 +82,9 @@ def job_overrides(config: RunConfig, project: Project, job_directory: Path) -> l
     for setting, value in (("model.path", config.model.path), ("data.source", config.data.source)):
         if os.path.isabs(value):
             paths[setting] = _job_path(setting, value, project, job_directory)
+    for name, each in (config.eval.sets if config.eval else {}).items():
+        if os.path.isabs(each.data.source):  # only looked at: the job finds it from the YAML, as here
+            _job_path(f"eval set {name}, data.source", each.data.source, project, job_directory)
     if (config.tracking.uri or "").startswith("sqlite:"):
         paths["tracking.uri"] = resolve_tracking_uri(config)
     # Values are YAML, for which a path may be something else than a text.

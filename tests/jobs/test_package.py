@@ -181,6 +181,8 @@ def test_data_and_models_that_git_ignores_are_refused(project):
         planned("data.source=big.jsonl")
     with pytest.raises(ValueError, match=r"data\.source: .*/big\.jsonl does not travel"):
         planned("data.source=./*.jsonl")
+    with pytest.raises(ValueError, match=r"eval set held_out, data\.source: .*/big\.jsonl does not travel"):
+        planned("eval.data.source=big.jsonl")
     with pytest.raises(ValueError, match=r"data\.source: .*/none\.jsonl does not exist"):
         planned("data.source=none.jsonl")
     write(project, {"half/config.json": "{}", "half/weights.bin": "", "half/.DS_Store": "", "half/.gitignore": "*.bin"})
