@@ -103,6 +103,7 @@ def group(totals: list[float | None], *, clipped: int = 0, version: int = 7) -> 
             behaviour_logprobs=[-1.0] * (i + 1),
             finish_reason="length" if i < clipped else "stop",
             text=f"completion {i}",
+            end_s=1.0,
         )
         for i in range(len(totals))
     ]
