@@ -283,11 +283,13 @@ def _repack_tied_head(model: Any) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    modules: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    embeddings = {module.weight.data_ptr() for module in modules if not isinstance(module, ParallelLMHead)}
-    for module in modules:  # a head is a kind of embedding there
-        if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embeddings:
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    found = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads: list[Any] = [module for module in found if isinstance(module, ParallelLMHead)]
+    embeddings: list[Any] = [module for module in found if not isinstance(module, ParallelLMHead)]
+    of_embeddings = {module.weight.data_ptr() for module in embeddings}
+    for head in heads:
+        if head.weight.data_ptr() in of_embeddings:
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
 def _register_architecture(model: ModelConfig) -> None:
