@@ -33,7 +33,7 @@ def launch_tracker(config: RunConfig, run: RunInfo, resume_command: str | None, 
     from raygrpo.tracking import Tracker
 
     actor = ray.remote(Tracker).options(
-        name=f"{run.name}-tracker",
+        name=tracker_name(run),
         scheduling_strategy=on_this_node(),  # where the run's directory and a local MLflow store are
         num_cpus=0,
         max_concurrency=4,
@@ -115,7 +115,7 @@ def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
 
     config = prepared.config
     actor = ray.remote(RolloutController).options(
-        name=f"{run.name}-controller",
+        name=controller_name(run),
         scheduling_strategy=on_this_node(),  # where its reports go; not on a machine that may be taken away
         num_cpus=0,
         max_concurrency=10_000,
@@ -136,7 +136,16 @@ def launch_controller(prepared: PreparedRun, run: RunInfo) -> Any:
     )
 
 
-def launch_evaluator(prepared: PreparedRun, run: RunInfo, controller: ActorHandle, tracker: ActorHandle) -> Any:
+def tracker_name(run: RunInfo) -> str:
+    return f"{run.name}-tracker"
+
+
+def controller_name(run: RunInfo) -> str:
+    return f"{run.name}-controller"
+
+
+def launch_evaluator(prepared: PreparedRun, run: RunInfo) -> Any:
+    """Tracker and controller must be there."""
     import ray
 
     from raygrpo.roles.evaluator import Evaluator
@@ -150,8 +159,8 @@ def launch_evaluator(prepared: PreparedRun, run: RunInfo, controller: ActorHandl
         max_restarts=-1,
         max_task_retries=-1,  # an evaluation that it died of is begun again
     )
-    arguments = (prepared.config, prepared.evaluation.sizes, prepared.import_paths, controller, tracker)
-    return actor.remote(*arguments, run=run)
+    arguments = (prepared.config, prepared.evaluation.sizes, prepared.import_paths)
+    return actor.remote(*arguments, controller_name(run), tracker_name(run), run=run)
 
 
 def run_gang(prepared: PreparedRun, controller: ActorHandle, tracker: ActorHandle, run: RunInfo) -> None:

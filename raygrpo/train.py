@@ -97,7 +97,7 @@ def _train(
     tracker = launch_tracker(config, run, resume_command, dashboard)
     generators = launch_generators(prepared, run)
     controller = launch_controller(prepared, run)
-    evaluator = launch_evaluator(prepared, run, controller, tracker) if config.evaluates else None
+    evaluator = launch_evaluator(prepared, run) if config.evaluates else None
     prompts, evaluation = ray.put(prepared.prompts), ray.put(prepared.evaluation)
     status = "FAILED"
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.evaluation import EvaluatedSet, findings, make_scorers
@@ -18,9 +18,6 @@ from raygrpo.logs import open_log
 from raygrpo.rewards import Scorer
 from raygrpo.stream import RolloutStage
 from raygrpo.types import FENCED, RunInfo, ScoredGroup
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 MAX_CALLS = 256  # threads, each of which waits for one group
 
@@ -33,11 +30,12 @@ class Evaluator:
         config: RunConfig,
         sizes: list[int],
         import_paths: list[str],
-        controller: ActorHandle,
-        tracker: ActorHandle,
+        controller: str,
+        tracker: str,
         run: RunInfo | None = None,
     ):
-        """sizes: prompts of each set of config.eval, in its order. run: whose log this writes."""
+        """sizes: prompts of each set of config.eval, in its order. controller, tracker: the actors' names; Ray does not
+        promise to keep handles for the time that it starts this anew. run: whose log this writes."""
         if run is not None:
             open_log(run, "evaluator")
         assert config.eval is not None
@@ -61,12 +59,13 @@ class Evaluator:
         """
         import ray
 
+        tracker, controller = ray.get_actor(self._tracker), ray.get_actor(self._controller)
         if only_if_unknown:
-            known: Any = ray.get(self._tracker.evaluations.remote(version))
+            known: Any = ray.get(tracker.evaluations.remote(version))
             if version in known:
                 return
         start_s = time.time()
-        stage = RolloutStage(self._controller, stream)
+        stage = RolloutStage(controller, stream)
         rows = range(len(self._set_of_row))
         groups = list(self._threads.map(lambda row: self._evaluate_row(stage, row, version), rows))
         if any(scored.group.ticket == FENCED for scored in groups):
@@ -80,7 +79,7 @@ class Evaluator:
             for name, settings in self._settings.sets.items()
         ]
         metrics, shown = findings(sets, time.time() - start_s, self._settings.table_prompts)
-        ray.get(self._tracker.log_evaluation.remote(version, metrics, shown))
+        ray.get(tracker.log_evaluation.remote(version, metrics, shown))
 
     def _evaluate_row(self, stage: RolloutStage, row: int, version: int) -> ScoredGroup:
         [group] = stage.roll_out([row])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import uuid
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ def start(ray_session):
     actors: list[Any] = []
 
     def begin(script: Script) -> tuple[Any, Any, Any]:
+        name = uuid.uuid4().hex
         rows = evaluation()
         sets = {part.name: part.settings.model_dump() for part in rows.sets}
         config = run_config(num_steps=9, eval={"every": 1, "sets": sets}, generator={"num_actors": 2})
@@ -51,14 +53,14 @@ def start(ray_session):
         generators = {f"g{i}": actor.remote(f"g{i}", script) for i in range(2)}
         controller = (
             ray.remote(RolloutController)
-            .options(num_cpus=0, max_concurrency=1000)
+            .options(name=f"{name}-controller", num_cpus=0, max_concurrency=1000)
             .remote(seed=0, groups_per_step=4, group_size=3, max_staleness=1, eval_settings=config.eval, num_steps=9)
         )
-        record = ray.remote(Record).options(num_cpus=0).remote()
+        record = ray.remote(Record).options(name=f"{name}-record", num_cpus=0).remote()
         evaluator = (
             ray.remote(Evaluator)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-            .remote(config, rows.sizes, [], controller, record)
+            .remote(config, rows.sizes, [], f"{name}-controller", f"{name}-record")
         )
         actors.extend([*generators.values(), evaluator, controller, record])
         ray.get(controller.set_up.remote(prompt_set(), generators, rows, evaluator))
