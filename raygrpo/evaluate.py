@@ -9,8 +9,10 @@ from raygrpo.config import RunConfig
 from raygrpo.eval_config import EvalConfig, EvalSamplingConfig, EvalSetConfig
 from raygrpo.evaluation import EvaluatedSet, Evaluation, make_scorers
 from raygrpo.in_process import sample_groups
+from raygrpo.logs import about_group
 from raygrpo.prepare import prepare
 from raygrpo.rewards import Scorer
+from raygrpo.types import RolloutGroup, ScoredGroup
 
 if TYPE_CHECKING:
     from raygrpo.engines.sampling import SamplingEngine
@@ -67,9 +69,14 @@ def evaluate_with(
     groups = iter(sample_groups(engine, requests, version=version, at_a_time=at_a_time))
     evaluated = []
     for part in evaluation.sets:
-        scored = [scorers[part.name].score(next(groups)) for _ in range(len(part.prompts))]
+        scored = [_score(scorers[part.name], next(groups)) for _ in range(len(part.prompts))]
         evaluated.append(EvaluatedSet(name=part.name, settings=part.settings, groups=scored))
     return evaluated
+
+
+def _score(scorer: Scorer, group: RolloutGroup) -> ScoredGroup:
+    with about_group(group.ticket, is_evaluation=True):
+        return scorer.score(group)
 
 
 def describe(evaluated: EvaluatedSet, show: int) -> str:

@@ -67,7 +67,7 @@ STEP = Figure("raygrpo_step", "Newest step that was trained", "steps")
 STAGE_SECONDS = Figure("raygrpo_stage_seconds", "Part of the step in which a stage was at work", "s", ("stage",))
 STAGES = ("generate", "reward", "learn", "publish", "other")
 FAULTS = Figure("raygrpo_faults", "What went wrong since the learners started", "faults", ("kind",))
-FAULT_KINDS = ("reward_failed", "groups_failed", "checkpoints_failed")
+FAULT_KINDS = ("reward_failed", "groups_failed", "checkpoints_failed", "non_finite_metrics")
 
 # Set by the controller.
 VERSION = Figure("raygrpo_version", "Version of the policy that the generators have been given", "versions")
@@ -84,10 +84,13 @@ GENERATOR_VERSION = Figure("raygrpo_generator_version", "Version that a generato
 GENERATOR_TOKENS = Figure("raygrpo_generator_tokens", "Tokens sampled", "tokens", ("generator",), "counter")
 GENERATOR_BUSY = Figure("raygrpo_generator_busy_seconds", "Time in the engine", "s", ("generator",), "counter")
 
+# Set by the evaluator.
+EVAL_REWARD = Figure("raygrpo_eval_reward", "Mean held-out reward of the last evaluation", "reward", ("set",))
+
 FIGURES = [
     *OF_A_STEP.values(),
     *(STEP, STAGE_SECONDS, FAULTS, VERSION, GATE, CLAIMS, GENERATORS, GENERATOR_FAILURES),
-    *(GENERATOR_GROUPS, GENERATOR_VERSION, GENERATOR_TOKENS, GENERATOR_BUSY),
+    *(GENERATOR_GROUPS, GENERATOR_VERSION, GENERATOR_TOKENS, GENERATOR_BUSY, EVAL_REWARD),
 ]
 
 
@@ -103,12 +106,14 @@ class Gauges:
         self._faults = dict.fromkeys(FAULT_KINDS, 0.0)
 
     def set(self, figure: Figure, value: float, **tags: str) -> None:
-        """The figure's value now. One that is not finite becomes NaN: a gap, not the value before."""
+        """The figure's value now. One that is not finite is left out, and the value before stays: Ray 2.60 would drop
+        all figures of the process with it."""
         from ray.util.metrics import Gauge
 
         if figure.name not in self._gauges:
             self._gauges[figure.name] = Gauge(figure.name, _describe(figure), ("run", *figure.tags))
-        self._gauges[figure.name].set(value if math.isfinite(value) else math.nan, self._of(figure, tags))
+        if math.isfinite(value):
+            self._gauges[figure.name].set(value, self._of(figure, tags))
 
     def reach(self, figure: Figure, total: float, **tags: str) -> None:
         """Count up to a total that this process keeps."""
@@ -129,8 +134,10 @@ class Gauges:
                 self.set(figure, metrics[name])
         for stage in STAGES:
             self.set(STAGE_SECONDS, metrics[f"timing_s/{stage}"], stage=stage)
+        non_finite = sum(not math.isfinite(value) for value in metrics.values())  # the tracker counts them only later
+        faults = metrics | {"faults/non_finite_metrics": non_finite}
         for kind in FAULT_KINDS:
-            self._faults[kind] += metrics[f"faults/{kind}"]
+            self._faults[kind] += faults[f"faults/{kind}"]
             self.set(FAULTS, self._faults[kind], kind=kind)  # from the first step on: what appears late has no increase
 
     def _of(self, figure: Figure, tags: dict[str, str]) -> dict[str, str]:

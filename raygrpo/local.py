@@ -22,7 +22,7 @@ from raygrpo.data import sample_seed
 from raygrpo.evaluate import evaluate_with, groups_at_a_time
 from raygrpo.evaluation import findings, make_scorers
 from raygrpo.in_process import sample_groups
-from raygrpo.logs import about
+from raygrpo.logs import about_group
 from raygrpo.lora import AdapterMerger
 from raygrpo.prepare import PreparedRun
 from raygrpo.run_directory import (
@@ -263,7 +263,8 @@ class LocalRun:
         finished: dict[int, ScoredGroup] = {}
         while replacements:
             for group in self._roll_out(replacements):
-                scored = self._scorer.score(group)
+                with about_group(group.ticket):
+                    scored = self._scorer.score(group)
                 if not zero_spread(scored.totals) or group.replacement >= self._config.algorithm.dynamic_sampling:
                     finished[group.ticket] = scored
                     del replacements[group.ticket]
@@ -285,6 +286,6 @@ class LocalRun:
         ]
         groups = sample_groups(self._engine, requests, version=self._version, at_a_time=groups_at_a_time(self._config))
         for group in groups:
-            with about(group=group.ticket):
+            with about_group(group.ticket):
                 logger.info("sampled by version %d: %s", group.policy_version, group.error or "whole")
         return groups

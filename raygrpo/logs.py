@@ -6,7 +6,8 @@ run's directory writes among Ray's own logs of that machine instead. Only logger
 warnings go to the process's stderr as well, as they would without this module.
 
 A line has time, level, run, role, pid, logger and message, and attempt, step and group as far as they are known there.
-A group is named by its ticket, so that `select(.group == 42)` over all files is the story of ticket 42.
+A group is named by its ticket, so that `select(.group == 42)` over all files is the story of ticket 42. A group of an
+evaluation, whose rows are numbered apart, has evaluation_row instead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging.handlers
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,6 +78,11 @@ def about(**fields: Any) -> Iterator[None]:
         yield
     finally:
         _passing.reset(token)
+
+
+def about_group(ticket: int, *, is_evaluation: bool = False, **fields: Any) -> AbstractContextManager[None]:
+    """As `about`. ticket: in an evaluation its row."""
+    return about(**{"evaluation_row" if is_evaluation else "group": ticket}, **fields)
 
 
 class _JsonLine(logging.Formatter):

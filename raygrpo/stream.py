@@ -36,7 +36,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
-from raygrpo.logs import about, open_log
+from raygrpo.logs import about_group, open_log
 from raygrpo.rewards import Scorer
 from raygrpo.types import (
     RolloutGroup,
@@ -213,7 +213,7 @@ def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str 
 
 
 def _log_answer(claim: Claim, group: RolloutGroup | None, failure: str | None) -> None:
-    with about(group=claim.ticket, attempt=claim.attempt):
+    with about_group(claim.ticket, is_evaluation=claim.sampling is not None, attempt=claim.attempt):
         if group is None:
             logger.warning("no group from %s: %s", claim.generator_name, failure)
         elif group.error:
@@ -246,7 +246,12 @@ class RewardStage:
         self._scorer = Scorer(config, import_paths)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return scored_groups_to_table([self._scorer.score(group) for group in table_to_groups(table)])
+        return scored_groups_to_table([_score(self._scorer, group) for group in table_to_groups(table)])
+
+
+def _score(scorer: Scorer, group: RolloutGroup) -> ScoredGroup:
+    with about_group(group.ticket, attempt=group.attempt):
+        return scorer.score(group)
 
 
 class DynamicSamplingStage:
@@ -277,7 +282,7 @@ class DynamicSamplingStage:
         for replacement in range(self._max_replacements + 1):
             [group] = self._rollouts.roll_out([row], replacement)
             with self._scoring:
-                scored = self._scorer.score(group)
+                scored = _score(self._scorer, group)
             if not zero_spread(scored.totals):
                 break
         return scored

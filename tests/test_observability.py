@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -70,6 +71,7 @@ def observed(tmp_path_factory) -> Iterator[Observed]:
         str(Path(sys.executable).parent / "raygrpo"), "train", str(write_task(directory)), "max_staleness=1",
         "generator.engine=transformers", "generator.vllm={}", "generator.sampling.max_tokens=100",
         "learner.num_workers=1", "algorithm.kl.coef=0.01", "log_level=debug", "num_steps=16", "checkpoint.every=8",
+        "eval={every: 8, data: {source: 'chaos_task:rows', max_rows: 3}}",
     ]  # fmt: skip
     run_dir, scrapes, address = directory / "runs" / "chaos-latest", [], None
     deadline_s = time.monotonic() + 400
@@ -113,7 +115,7 @@ def test_what_prometheus_gets_of_a_step_is_what_the_record_has(observed):
         expected = {(figure.exported_name,): metrics[name] for name, figure in OF_A_STEP.items()}
         expected |= {("ray_raygrpo_stage_seconds", stage): metrics[f"timing_s/{stage}"] for stage in STAGES}
         for kind in FAULT_KINDS:
-            total = sum(observed.steps[s][f"faults/{kind}"] for s in range(int(step) + 1))
+            total = sum(observed.steps[s].get(f"faults/{kind}", 0.0) for s in range(int(step) + 1))
             expected["ray_raygrpo_faults", kind] = total
         found = {key: series[key] for key in expected if key in series}
         if found == pytest.approx(expected, rel=1e-6):
@@ -168,12 +170,21 @@ def test_the_lines_about_a_ticket_tell_its_story(observed):
 def test_every_process_says_how_it_goes(observed):
     assert set(observed.lines) >= {
         "driver.jsonl", "controller.jsonl", "generator-0.jsonl", "generator-1.jsonl", "learner-0.jsonl",
-        "tracker.jsonl", "rollout.jsonl", "reward.jsonl",
+        "tracker.jsonl", "rollout.jsonl", "reward.jsonl", "evaluator.jsonl",
     }  # fmt: skip
     assert len({line["pid"] for line in observed.lines["generator-0.jsonl"]}) >= 2, "the killed one and its successor"
     trained = [line for line in observed.lines["learner-0.jsonl"] if line["message"].startswith("trained")]
     assert [line["step"] for line in trained] == sorted(observed.steps)
     assert all(line["attempt"] == 1 for line in trained)
+
+
+def test_groups_of_evaluations_are_not_taken_for_tickets(observed):
+    """Three rows, evaluated before the first step, after the eighth and at the end."""
+    lines = [line for file in observed.lines.values() for line in file if "evaluation_row" in line]
+    assert not any("group" in line or line["role"].startswith(("learner", "reward")) for line in lines)
+    scored = [line for line in lines if line["message"].startswith("scored")]
+    assert sorted(line["evaluation_row"] for line in scored) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {line["role"] for line in lines} >= {"controller", "evaluator"}
 
 
 def test_the_screen_says_what_a_starting_run_waits_for_and_stays_for_people(observed):
@@ -233,6 +244,29 @@ def test_what_prometheus_gets_of_the_controller_is_its_status(ray_session, metri
     del waiting
     for actor in (*generators.values(), controller):
         ray_session.kill(actor)
+
+
+class Unsteady:
+    def __init__(self, run: str):
+        self._gauges = Gauges(run)
+
+    def report(self, step: int, grad_norm: float) -> None:
+        metrics = dict.fromkeys(OF_A_STEP, 1.0) | dict.fromkeys((f"timing_s/{s}" for s in STAGES), 1.0)
+        metrics |= dict.fromkeys((f"faults/{kind}" for kind in FAULT_KINDS), 0.0)
+        self._gauges.set_step(step, metrics | {"policy/grad_norm": grad_norm})
+
+
+def test_a_value_that_is_not_finite_is_counted_and_hides_no_other(ray_session, metrics_address):
+    actor = ray_session.remote(Unsteady).options(num_cpus=0).remote("unsteady")
+    for step, grad_norm in enumerate([2.0, math.nan, math.inf]):
+        ray_session.get(actor.report.remote(step, grad_norm))
+    deadline_s = time.monotonic() + 90
+    while (series := scrape(metrics_address, "unsteady")).get(("ray_raygrpo_step",)) != 2:
+        assert time.monotonic() < deadline_s, series
+        time.sleep(0.5)
+    assert series[("ray_raygrpo_grad_norm",)] == 2.0, "the last that was finite"
+    assert series["ray_raygrpo_faults", "non_finite_metrics"] == 2
+    ray_session.kill(actor)
 
 
 class Measuring:

@@ -325,10 +325,14 @@ def test_a_signal_ends_the_run_as_killed_and_frees_the_cluster(run, ray_session,
         time.sleep(0.2)
 
 
-def test_too_many_failed_rewards_end_the_run_with_a_message(run):
+def test_too_many_failed_rewards_end_the_run_with_a_message(run, tmp_path):
     with pytest.raises(RuntimeError) as stopped:
         run("generator.engine=transformers", "generator.vllm={}", "reward.functions=[{use: task:broken}]")
     message = str(stopped.value)
     assert "100% of the step's 16 rollouts failed to get a reward" in message
     assert "reward.max_error_share (10%)" in message
     assert "\n" not in message and "Traceback" not in message
+    logs = {path.name: path.read_text() for path in (tmp_path / "runs" / "run-latest" / "logs").glob("*.jsonl")}
+    assert f"the run must stop: {message}" in logs["controller.jsonl"]
+    assert message in logs["driver.jsonl"]
+    assert "KeyError: 'gold'" in logs["reward.jsonl"]

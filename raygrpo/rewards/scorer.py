@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from raygrpo.logs import about
 from raygrpo.rewards.process import Outcome, RewardProcess
 from raygrpo.types import Prompt, Reward, RolloutGroup, ScoredGroup
 
@@ -47,10 +46,9 @@ class Scorer:
         functions after it are not called for that rollout. The group's other rollouts are not affected.
         """
         start = time.time()
-        with about(group=group.ticket, attempt=group.attempt):
-            rewards = self._rewards(group) if group.rollouts else []
-            scored = ScoredGroup(group=group, rewards=rewards, score_start_s=start, score_end_s=time.time())
-            _log(scored)
+        rewards = self._rewards(group) if group.rollouts else []
+        scored = ScoredGroup(group=group, rewards=rewards, score_start_s=start, score_end_s=time.time())
+        _log(scored)
         return scored
 
     def _rewards(self, group: RolloutGroup) -> list[Reward]:

@@ -38,7 +38,7 @@ from raygrpo.data import PromptSet, sample_seed
 from raygrpo.eval_config import EvalConfig
 from raygrpo.evaluation import Evaluation
 from raygrpo.gauges import CLAIMS, GATE, GENERATOR_FAILURES, GENERATORS, PERIOD_S, VERSION, Gauges
-from raygrpo.logs import about, always, open_log
+from raygrpo.logs import about_group, always, open_log
 from raygrpo.roles.claims import (
     AT_THE_GATE,
     WITHOUT_GENERATOR,
@@ -180,6 +180,7 @@ class RolloutController:
         await self._is_set_up.wait()
         if _was_restarted():
             at_least = max(at_least, await self._attempt_of_generators() + 1)
+        is_again = self._attempt > 0
         self._attempt = max(self._attempt + 1, at_least)
         async with self._changed:
             self._evaluations.end_attempt()
@@ -191,6 +192,8 @@ class RolloutController:
         self._watchdog.progress()
         always(attempt=self._attempt)
         logger.info("attempt %d of the learners begins", self._attempt)
+        if is_again:
+            self._warn(f"the learners have started again, attempt {self._attempt}: their logs say why")
         return self._attempt
 
     async def _attempt_of_generators(self) -> int:
@@ -288,7 +291,7 @@ class RolloutController:
         if ledger.claims.get(ticket) is not pending:
             return fenced(ticket)
         pending.node = self._pool.nodes.get(name, "")
-        with about(group=ticket):
+        with about_group(ticket, is_evaluation=pending.is_evaluation):
             logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
         return replace(claim, generator=self._pool.generators[name], generator_name=name)
 
@@ -324,7 +327,7 @@ class RolloutController:
         if generator_error is None:
             self._watchdog.progress()
             return
-        with about(group=ticket):
+        with about_group(ticket, is_evaluation=pending.is_evaluation):
             self._warn(f"{pending.what} failed on {generator_name}, and goes to another generator: {generator_error}")
         if begun:
             failure = Failure(f"{generator_name}: {generator_error}", pending.node)
@@ -425,6 +428,7 @@ class RolloutController:
 
     async def stop(self, reason: str) -> None:
         """End the run: learners that start from now on return at once."""
+        logger.error("the run must stop: %s", reason)
         self._stop_reason = self._stop_reason or reason
 
     async def warn(self, text: str) -> None:

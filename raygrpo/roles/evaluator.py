@@ -7,6 +7,7 @@ of generators that fail, hang or die is decided there. What is sampled and how s
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,13 @@ from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.evaluation import EvaluatedSet, findings, make_scorers
-from raygrpo.logs import open_log
+from raygrpo.gauges import EVAL_REWARD, Gauges
+from raygrpo.logs import about_group, open_log
 from raygrpo.rewards import Scorer
 from raygrpo.stream import RolloutStage
 from raygrpo.types import FENCED, RunInfo, ScoredGroup
+
+logger = logging.getLogger(__name__)
 
 MAX_CALLS = 256  # threads, each of which waits for one group
 
@@ -35,9 +39,10 @@ class Evaluator:
         run: RunInfo | None = None,
     ):
         """sizes: prompts of each set of config.eval, in its order. controller, tracker: the actors' names; Ray does not
-        promise to keep handles for the time that it starts this anew. run: whose log this writes."""
+        promise to keep handles for the time that it starts this anew. run: whose log and gauges this writes."""
         if run is not None:
             open_log(run, "evaluator")
+        self._gauges = Gauges(run.name) if run else None
         assert config.eval is not None
         self._settings = config.eval
         self._set_of_row = [name for name, size in zip(config.eval.sets, sizes, strict=True) for _ in range(size)]
@@ -80,6 +85,10 @@ class Evaluator:
         ]
         metrics, shown = findings(sets, time.time() - start_s, self._settings.table_prompts)
         ray.get(tracker.log_evaluation.remote(version, metrics, shown))
+        if self._gauges is not None:
+            for name in self._settings.sets:
+                self._gauges.set(EVAL_REWARD, metrics[f"eval/{name}/reward"], set=name)
+        logger.info("evaluated version %d in %.3f s", version, time.time() - start_s)
 
     def _evaluate_row(self, stage: RolloutStage, row: int, version: int) -> ScoredGroup:
         [group] = stage.roll_out([row])
@@ -87,6 +96,7 @@ class Evaluator:
             raise RuntimeError(f"version {group.policy_version} sampled a group of the evaluation of version {version}")
         scorers = self._scorers.get()
         try:
-            return scorers[self._set_of_row[row]].score(group)
+            with about_group(row, is_evaluation=True, attempt=group.attempt):
+                return scorers[self._set_of_row[row]].score(group)
         finally:
             self._scorers.put(scorers)

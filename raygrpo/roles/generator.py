@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
 from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, GENERATOR_VERSION, PERIOD_S, Gauges
-from raygrpo.logs import about, always, open_log
+from raygrpo.logs import about_group, always, open_log
 from raygrpo.lora import AdapterMerger
 from raygrpo.types import Prompt, Rollout, RolloutGroup, RunInfo
 from raygrpo.weights import PackedWeights, unpack
@@ -345,7 +345,7 @@ class EngineThread:
             group.result.set_exception(error)
             return
         self._running[group.engine_id] = group
-        with about(group=group.ticket):
+        with about_group(group.ticket, is_evaluation=group.sampling is not None):
             logger.debug("begun by version %d, beside %d others", self.version, len(self._running) - 1)
 
     def _advance(self) -> None:
@@ -371,7 +371,7 @@ class EngineThread:
                 generate_end_s=time.time(),
                 attempt=self.attempt,
             )
-            with about(group=group.ticket):
+            with about_group(group.ticket, is_evaluation=group.sampling is not None):
                 num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
                 seconds = sampled.generate_end_s - group.start_s
                 logger.info("sampled by version %d: %d tokens in %.3f s", self.version, num_tokens, seconds)

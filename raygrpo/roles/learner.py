@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from raygrpo.checkpoint import Checkpoint, CheckpointStore, RunState
 from raygrpo.config import TRAINING_REWARD, RunConfig
-from raygrpo.logs import about, always, open_log
+from raygrpo.logs import about_group, always, open_log
 from raygrpo.roles.policy import build_policy, export_policy
 from raygrpo.roles.step_report import Facts, StepTimes, combine_facts, facts_of, merge_times
 from raygrpo.stream import iterate_groups
@@ -82,6 +82,9 @@ def run_learner(setup: LearnerSetup, link: RayLink) -> None:
         # Raised all the same: another rank may wait for this one in a collective. Ray Train then starts the gang again,
         # which sees the reason above and returns.
         link.stop(str(error))
+        raise
+    except Exception:
+        logger.exception("this learner failed")
         raise
 
 
@@ -311,7 +314,7 @@ class Learner:
                     f"group {group.ticket} was sampled by version {group.policy_version}, but step {step} accepts "
                     f"staleness 0 to {self._config.max_staleness}"
                 )
-            with about(group=group.ticket):
+            with about_group(group.ticket):
                 logger.info("arrived, sampled by version %d of %s", group.policy_version, group.generator)
         return groups
 

@@ -277,7 +277,9 @@ def test_an_attempt_shuts_the_gate_until_it_publishes():
         assert await controller.begin_attempt(0) == 1
         await controller.publish(0, WEIGHTS)
         await begin(controller)
+        assert (await controller.status()).warnings == []
         assert await controller.begin_attempt(0) == 2
+        assert "the learners have started again, attempt 2" in (await controller.status()).warnings[0]
         assert await controller.begin_attempt(7) == 7, "a resumed run is later than all that its checkpoint knows"
         stream = await begin(controller)
         claim = asyncio.create_task(controller.claim(stream, 0))
