@@ -305,8 +305,16 @@ def test_the_pool_of_generators_grows_and_shrinks_while_the_run_goes_on(run):
     assert all(metrics["sampling/logprob_diff"] < 1e-4 for metrics in result.history.values())
 
 
+@pytest.fixture
+def interruptible():
+    """Shells have commands that they start in the background ignore Ctrl-C, and so would this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_as_killed_and_frees_the_cluster(run, ray_session, tmp_path, how):
+def test_a_signal_ends_the_run_as_killed_and_frees_the_cluster(run, ray_session, tmp_path, how, interruptible):
     class Interrupting(Recorder):
         def on_step(self, step: int, metrics: dict[str, float]) -> None:
             if step == 1:
