@@ -44,7 +44,7 @@ from raygrpo.types import GroupRequest, RolloutGroup, ScoredGroup, StepMetrics
 if TYPE_CHECKING:
     from raygrpo.engines.sampling import SamplingEngine
     from raygrpo.rewards import Scorer
-    from raygrpo.roles.controller import PublishReport
+    from raygrpo.roles.reports import PublishReport
     from raygrpo.tracking import Tracker
     from raygrpo.weights import PackedWeights
 
@@ -167,7 +167,7 @@ class LocalRun:
         self._tickets = range(first_ticket, first_ticket + num_tickets)
 
     def publish(self, version: int, weights: PackedWeights) -> None:
-        from raygrpo.roles.controller import PublishReport
+        from raygrpo.roles.reports import PublishReport
         from raygrpo.weights import unpack
 
         start_s = time.time()

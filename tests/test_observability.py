@@ -106,7 +106,7 @@ def kill_amid_a_group(lines: list[dict[str, Any]]) -> None:
 
 
 def begun_and_lost(lines: dict[str, list[dict[str, Any]]]) -> list[int]:
-    """Tickets that generator-0 had begun and that failed on it. One that was still on its way to it when it died is none."""
+    """Tickets that generator-0 had begun and that failed on it: not those that were still on their way."""
     begun = [line for line in lines.get("generator-0.jsonl", []) if line["message"].startswith("begun")]
     since = {line["group"]: line["time"] for line in reversed(begun) if "group" in line}
     failed = [line for line in lines.get("controller.jsonl", []) if "failed on generator-0" in line["message"]]

@@ -5,6 +5,7 @@ The controller hands them out; the rollout stage (stream.py) has them served.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,13 @@ class Ledger:
 
     claims: dict[int, PendingClaim] = field(default_factory=dict)
     failures: dict[int, list[Failure]] = field(default_factory=dict)  # so far
+
+
+def by_state(claims: Iterable[PendingClaim]) -> dict[str, int]:
+    """How many wait for the gate, wait for a generator, and are at one."""
+    places = [claim.where for claim in claims]
+    waiting = {"at_gate": places.count(AT_THE_GATE), "without_generator": places.count(WITHOUT_GENERATOR)}
+    return waiting | {"at_generator": len(places) - sum(waiting.values())}
 
 
 def fenced(row: int) -> Claim:

@@ -26,11 +26,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
@@ -46,14 +45,15 @@ from raygrpo.roles.claims import (
     Failure,
     Ledger,
     PendingClaim,
+    by_state,
     fenced,
     of_living_nodes,
 )
-from raygrpo.roles.demand import Unplaced
+from raygrpo.roles.demand import Complaint, Unplaced
 from raygrpo.roles.evaluation_turns import EvaluationTurns
 from raygrpo.roles.generator_pool import GeneratorPool, last_line
+from raygrpo.roles.reports import ControllerStatus, PublishReport
 from raygrpo.roles.watchdog import Watchdog, stall_report, write_report
-from raygrpo.timeline import Interval
 from raygrpo.types import GroupRequest, RunInfo
 
 if TYPE_CHECKING:
@@ -64,37 +64,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # generators that may fail with one ticket's group before it is emitted with an error
 RESIZE_PERIOD_S = 1.0
-STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 ROOM_PERIOD_S = 5.0  # between looks for what Ray has no machine for
-ROOM_PATIENCE_S = 15.0  # until that is said; then again after twice as long
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishReport:
-    """How a publish went."""
-
-    version: int
-    num_bytes: int  # that each generator loaded
-    seconds: float  # from the call to the last acknowledgement
-    load_s: float  # of that, to verify and load in the slowest generator
-    end_s: float  # unix time of the last acknowledgement
-    num_generators: int  # healthy ones, which hold the version
-    failed: list[str]  # generators that did not load it
-    generator_failures: int  # since the run began
-    evaluated: Interval | None = None  # when the evaluation before this publish ran, if there was one
-    evaluations_failed: int = 0  # since the run began
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerStatus:
-    version: int  # latest that was published; -1 before the first
-    warnings: list[str]  # from the one asked for on
-    stop_reason: str | None  # why the run must not go on
-    is_set_up: bool  # False: it waits for `set_up`, maybe once more
-    num_evictions: int  # how often learners were told to leave, to be started again
-    waits_for: str  # what the run waits for, for a person
-    claims: dict[str, int]  # that have not come back, by what they wait for
-    generators: dict[str, int]  # by state
 
 
 class RolloutController:
@@ -404,8 +374,8 @@ class RolloutController:
             is_set_up=self._is_set_up.is_set(),
             num_evictions=self._num_evictions,
             waits_for=self._waits_for(),
-            claims=self._claims_by_state(),
-            generators=self._generators_by_state(),
+            claims=by_state(self._pending_claims()),
+            generators=self._pool.by_state(),
         )
 
     def _waits_for(self) -> str:
@@ -416,15 +386,6 @@ class RolloutController:
         if (num_loading := self._pool.num_loading) == 0:
             return "waiting for the learners' weights"
         return f"waiting for {num_loading} of {len(self._pool.generators)} generators to load the weights"
-
-    def _claims_by_state(self) -> dict[str, int]:
-        places = [claim.where for claim in self._pending_claims()]
-        waiting = {"at_gate": places.count(AT_THE_GATE), "without_generator": places.count(WITHOUT_GENERATOR)}
-        return waiting | {"at_generator": len(places) - sum(waiting.values())}
-
-    def _generators_by_state(self) -> dict[str, int]:
-        total, healthy, dead = len(self._pool.generators), len(self._pool.healthy), len(self._pool.dead)
-        return {"healthy": healthy, "not_ready": total - healthy - dead, "dead": dead}
 
     async def stop(self, reason: str) -> None:
         """End the run: learners that start from now on return at once."""
@@ -466,15 +427,15 @@ class RolloutController:
             gauges.set(VERSION, self._version)
             gauges.set(GATE, self._gate)
             gauges.set(GENERATOR_FAILURES, self._pool.num_failures)
-            for state, count in self._claims_by_state().items():
+            for state, count in by_state(self._pending_claims()).items():
                 gauges.set(CLAIMS, count, state=state)
-            for state, count in self._generators_by_state().items():
+            for state, count in self._pool.by_state().items():
                 gauges.set(GENERATORS, count, state=state)
             await asyncio.sleep(PERIOD_S)
 
     async def _look_for_room(self, find_unplaced: Callable[[], Unplaced]) -> None:
         """Say what waits for a machine. A run that cannot go on without one does not stand still because it hangs."""
-        since_s, patience_s = math.inf, ROOM_PATIENCE_S
+        complaint = Complaint()
         while True:
             await asyncio.sleep(ROOM_PERIOD_S)
             try:
@@ -483,17 +444,9 @@ class RolloutController:
                 logger.warning("cannot see what waits for a machine: %s", last_line(error))
                 continue
             self._pool.num_unplaced = unplaced.generators
-            now_s = time.monotonic()
-            if not unplaced:
-                if patience_s > ROOM_PATIENCE_S:
-                    self._warn("nothing waits for a machine any more")
-                since_s, patience_s = math.inf, ROOM_PATIENCE_S
-                continue
-            since_s = min(since_s, now_s)
-            if now_s - since_s >= patience_s:
-                self._warn(f"for {now_s - since_s:.0f} s {unplaced.text}")
-                patience_s *= 2
-            if unplaced.learners or unplaced.scorers or self._version < 0 or not self._pool.healthy:
+            if text := complaint.about(unplaced, time.monotonic()):
+                self._warn(text)
+            if unplaced and (unplaced.learners or unplaced.scorers or self._version < 0 or not self._pool.healthy):
                 self._watchdog.progress()  # nothing can
 
     async def _watch(self) -> None:
@@ -508,8 +461,6 @@ class RolloutController:
         """Report, and do what watchdog.action says."""
         pool, settings = self._pool, self._watchdog.settings
         claims = self._pending_claims()
-        names = list(pool.generators)
-        descriptions = await asyncio.gather(*map(self._describe, names))
         text = stall_report(
             stalled_s,
             state=f"version {self._version}, attempt {self._attempt}, segment from ticket {self._first_ticket}"
@@ -517,7 +468,7 @@ class RolloutController:
             learners=self._watchdog.learners,
             learners_s=time.monotonic() - self._watchdog.learners_since_s,
             claims=claims,
-            generators=dict(zip(names, descriptions, strict=True)),
+            generators=await pool.describe_all(),
         )
         path = write_report(self._report_dir, text)
         summary = (
@@ -537,24 +488,6 @@ class RolloutController:
         else:
             self._warn(f"{summary}; restarting the learners")
             self._num_evictions += 1
-
-    async def _describe(self, name: str) -> str:
-        """What a generator says of itself, with the stacks of its threads: which answer as long as its event loop
-        runs."""
-        try:
-            async with asyncio.timeout(STATUS_DEADLINE_S):
-                status, stacks = await asyncio.gather(
-                    self._pool.generators[name].status.remote(), self._pool.generators[name].stacks.remote()
-                )
-        except TimeoutError:
-            return f"does not answer within {STATUS_DEADLINE_S:g} s"
-        except Exception as error:
-            return f"cannot be asked: {last_line(error)}"
-        health = "healthy" if name in self._pool.healthy else "in quarantine"
-        return (
-            f"{health}, version {status.version}, {status.groups_running} groups running, {status.groups_waiting} "
-            f"waiting, {status.num_groups} finished\n{stacks}"
-        )
 
 
 def _was_restarted() -> bool:

@@ -6,10 +6,13 @@ must not look like a run that is starting.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from raygrpo.config import RunConfig
 from raygrpo.placement import missing_nodes
+
+PATIENCE_S = 15.0  # until something that waits for a machine is said; then again after twice as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,25 @@ class Unplaced:
 
     def __bool__(self) -> bool:
         return bool(self.generators or self.scorers or self.learners)
+
+
+class Complaint:
+    """When to tell a person that something waits for a machine: less and less often."""
+
+    def __init__(self) -> None:
+        self._since_s, self._patience_s = math.inf, PATIENCE_S
+
+    def about(self, unplaced: Unplaced, now_s: float) -> str:
+        """What to say now; "" for nothing."""
+        if not unplaced:
+            was_told = self._patience_s > PATIENCE_S
+            self._since_s, self._patience_s = math.inf, PATIENCE_S
+            return "nothing waits for a machine any more" if was_told else ""
+        self._since_s = min(self._since_s, now_s)
+        if now_s - self._since_s < self._patience_s:
+            return ""
+        self._patience_s *= 2
+        return f"for {now_s - self._since_s:.0f} s {unplaced.text}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
+STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 CONFIRM_TIMEOUT_S = 30.0  # for a generator to say that it holds the version
 
 
@@ -89,6 +90,32 @@ class GeneratorPool:
     @property
     def cause_of_death(self) -> str:
         return "no generator is left: " + "; ".join(f"{name}: {reason}" for name, reason in self.dead.items())
+
+    def by_state(self) -> dict[str, int]:
+        """How many are healthy, dead for good, and neither."""
+        total, healthy, dead = len(self.generators), len(self.healthy), len(self.dead)
+        return {"healthy": healthy, "not_ready": total - healthy - dead, "dead": dead}
+
+    async def describe_all(self) -> dict[str, str]:
+        """By name, what each generator says of itself, with the stacks of its threads: which answer as long as its
+        event loop runs."""
+        names = list(self.generators)
+        return dict(zip(names, await asyncio.gather(*map(self._describe, names)), strict=True))
+
+    async def _describe(self, name: str) -> str:
+        generator = self.generators[name]
+        try:
+            async with asyncio.timeout(STATUS_DEADLINE_S):
+                status, stacks = await asyncio.gather(generator.status.remote(), generator.stacks.remote())
+        except TimeoutError:
+            return f"does not answer within {STATUS_DEADLINE_S:g} s"
+        except Exception as error:
+            return f"cannot be asked: {last_line(error)}"
+        health = "healthy" if name in self.healthy else "in quarantine"
+        return (
+            f"{health}, version {status.version}, {status.groups_running} groups running, {status.groups_waiting} "
+            f"waiting, {status.num_groups} finished\n{stacks}"
+        )
 
     def begin_attempt(self, attempt: int) -> None:
         """Nothing is in flight, and no version is the latest until the next publish."""

@@ -31,8 +31,8 @@ from raygrpo.timeline import Interval
 from raygrpo.types import FENCED, RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
-    from raygrpo.roles.controller import PublishReport
     from raygrpo.roles.link import RayLink, RunLink
+    from raygrpo.roles.reports import PublishReport
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
 
-    from raygrpo.roles.controller import PublishReport
+    from raygrpo.roles.reports import PublishReport
     from raygrpo.weights import PackedWeights
 
 logger = logging.getLogger(__name__)

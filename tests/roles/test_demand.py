@@ -11,6 +11,7 @@ import pytest
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.roles import controller as controller_module
+from raygrpo.roles import demand as demand_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.demand import Unplaced, UnplacedFinder
@@ -61,7 +62,7 @@ def test_actors_and_learners_without_a_machine_are_counted_and_named(ray_session
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(controller_module, "ROOM_PERIOD_S", 0.01)
-    monkeypatch.setattr(controller_module, "ROOM_PATIENCE_S", 0.05)
+    monkeypatch.setattr(demand_module, "PATIENCE_S", 0.05)
     monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
     monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
 
@@ -113,7 +114,7 @@ def test_what_waits_for_a_machine_is_said_at_first_soon_and_then_seldom(impatien
 
 
 def test_a_generator_that_is_soon_placed_is_not_worth_a_word(impatient, monkeypatch):
-    monkeypatch.setattr(controller_module, "ROOM_PATIENCE_S", 10.0)
+    monkeypatch.setattr(demand_module, "PATIENCE_S", 10.0)
 
     async def run() -> None:
         cluster = Cluster(Unplaced(generators=1, text="no machine"))

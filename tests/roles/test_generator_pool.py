@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
-from raygrpo.roles import controller as controller_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.claims import AT_THE_GATE, PendingClaim
 from raygrpo.roles.controller import RolloutController
@@ -248,7 +247,7 @@ def test_the_watchdog_looks_by_itself_and_any_progress_counts():
 
 
 def test_a_generator_that_does_not_answer_is_said_to_be_so(monkeypatch):
-    monkeypatch.setattr(controller_module, "STATUS_DEADLINE_S", 0.02)
+    monkeypatch.setattr(pool_module, "STATUS_DEADLINE_S", 0.02)
 
     async def run() -> None:
         silent = Talking("a")
@@ -257,8 +256,8 @@ def test_a_generator_that_does_not_answer_is_said_to_be_so(monkeypatch):
             await asyncio.Event().wait()
 
         silent.status = SimpleNamespace(remote=never)
-        controller = controller_with(silent)
-        assert "does not answer within 0.02 s" in await controller._describe("a")
+        told = await controller_with(silent)._pool.describe_all()
+        assert told == {"a": "does not answer within 0.02 s"}
 
     asyncio.run(run())
 

@@ -1,0 +1,35 @@
+"""What the rollout controller answers: to the learners, of a publish, and to the driver, of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raygrpo.timeline import Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """How a publish went."""
+
+    version: int
+    num_bytes: int  # that each generator loaded
+    seconds: float  # from the call to the last acknowledgement
+    load_s: float  # of that, to verify and load in the slowest generator
+    end_s: float  # unix time of the last acknowledgement
+    num_generators: int  # healthy ones, which hold the version
+    failed: list[str]  # generators that did not load it
+    generator_failures: int  # since the run began
+    evaluated: Interval | None = None  # when the evaluation before this publish ran, if there was one
+    evaluations_failed: int = 0  # since the run began
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerStatus:
+    version: int  # latest that was published; -1 before the first
+    warnings: list[str]  # from the one asked for on
+    stop_reason: str | None  # why the run must not go on
+    is_set_up: bool  # False: it waits for `set_up`, maybe once more
+    num_evictions: int  # how often learners were told to leave, to be started again
+    waits_for: str  # what the run waits for, for a person
+    claims: dict[str, int]  # that have not come back, by what they wait for
+    generators: dict[str, int]  # by state
