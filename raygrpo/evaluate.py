@@ -31,6 +31,7 @@ def evaluate(
     """
     from raygrpo.engines.sampling import make_engine
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at each start are about what this package sets
     prepared = prepare(evaluated_config(config, samples), str(config_dir))
     config, evaluation = prepared.config, prepared.evaluation
     assert evaluation is not None
