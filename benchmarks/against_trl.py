@@ -252,7 +252,7 @@ def replay(prepared: PreparedRun, trl: dict[str, Any]) -> list[tuple[float, floa
 
 def _scored(step: int, place: int, prompt_ids: list[int], completions: list[list[int]], rewards: list[float]):
     rollouts = [
-        Rollout(completion_ids=ids, behaviour_logprobs=[0.0] * len(ids), finish_reason="stop", text="")
+        Rollout(completion_ids=ids, behaviour_logprobs=[0.0] * len(ids), finish_reason="stop", text="", end_s=0.0)
         for ids in completions
     ]
     group = RolloutGroup(

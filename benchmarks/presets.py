@@ -14,17 +14,8 @@ import sys
 
 from runs import Summary, markdown_table, study_arguments, train
 
+from raygrpo.presets import PRESETS
 from raygrpo.summary import FIRST_STEPS, LAST_STEPS
-
-PRESETS = {  # and what they need beside the quickstart's own settings
-    "grpo": [],
-    "dr_grpo": [],
-    "dapo": [],
-    "gspo": [],
-    "cispo": [],
-    "rloo": [],
-    "reinforce_pp": [],
-}
 
 
 def main() -> int:
@@ -35,7 +26,7 @@ def main() -> int:
     for preset in arguments.presets:
         rewards, seconds = [], []
         for seed in arguments.seeds:
-            overrides = [f"algorithm={preset}", f"seed={seed}", *PRESETS[preset]]
+            overrides = [f"algorithm={preset}", f"seed={seed}"]
             overrides += [f"num_steps={arguments.steps}"] if arguments.steps else []
             history = train(f"{preset}-seed{seed}", overrides, arguments.output)
             rewards.append([metrics["reward/mean"] for metrics in history])
@@ -43,14 +34,13 @@ def main() -> int:
         gains = [sum(run[-LAST_STEPS:]) / LAST_STEPS - sum(run[:FIRST_STEPS]) / FIRST_STEPS for run in rewards]
         learnt &= min(gains) > 0
         summary = Summary.of(rewards, seconds)
-        rows.append([preset, *summary.cells(), f"{min(gains):+.3f}", ", ".join(PRESETS[preset]) or "none"])
+        rows.append([preset, *summary.cells(), f"{min(gains):+.3f}"])
     header = [
         "preset",
         f"reward, first {FIRST_STEPS} steps",
         f"last {LAST_STEPS} steps",
         "s per step",
         "gain of the worst seed",
-        "other settings",
     ]
     print(markdown_table(header, rows))
     return 0 if learnt else 1
