@@ -42,9 +42,11 @@ TITLES = {  # kind of fault -> how the process calls itself
     "stream": "ray::SplitCoordinator",
     "controller": "ray::RolloutController",
     "tracker": "ray::Tracker",
+    "evaluator": "ray::Evaluator",
 }
 DRIVER, HANG = "driver", "generator hangs"
 KINDS = [*TITLES, HANG, DRIVER]
+EVALUATED = "eval={every: 2, data: {source: 'chaos_task:rows', max_rows: 3}}"
 
 TASK = """
 def rows():
@@ -223,7 +225,7 @@ def main() -> None:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     config = write_task(arguments.directory)
     generator = random.Random(seed)
-    reference = train(config, "reference", (), "deterministic=true")
+    reference = train(config, "reference", (), "deterministic=true", EVALUATED)
     print(f"undisturbed: {reference.seconds:.0f} s", flush=True)
     seconds: dict[str, list[float]] = defaultdict(list)
     failures: dict[str, list[str]] = defaultdict(list)
@@ -235,7 +237,7 @@ def main() -> None:
         options = ["max_staleness=1"] if overlapped else ["deterministic=true"]
         label = " + ".join(f"{fault.kind} after step {fault.after_step} and {fault.delay_s:.1f} s" for fault in faults)
         try:
-            outcome = train(config, f"run-{number}", faults, *options)
+            outcome = train(config, f"run-{number}", faults, *options, EVALUATED)
             check(outcome, int(overlapped), None if overlapped else reference)
             result = f"whole, {outcome.seconds:.0f} s, killed {', '.join(outcome.killed) or 'nothing'}"
             for kind in outcome.killed:
