@@ -344,6 +344,7 @@ class RolloutController:
             num_generators=len(self._pool.healthy),
             failed=failed,
             generator_failures=self._pool.num_failures,
+            sampled=[interval for ack in acks for interval in ack.sampled],
             evaluated=evaluated,
             evaluations_failed=self._evaluations.num_failed,
         )

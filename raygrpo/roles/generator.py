@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engin
 from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, GENERATOR_VERSION, PERIOD_S, Gauges
 from raygrpo.logs import about_group, always, open_log
 from raygrpo.lora import AdapterMerger
+from raygrpo.timeline import Interval
 from raygrpo.types import Prompt, Rollout, RolloutGroup, RunInfo
 from raygrpo.weights import PackedWeights, unpack
 
@@ -62,6 +63,7 @@ class WeightsAck:
     drain_s: float  # until the running groups were finished
     load_s: float  # to verify and load
     node: str = ""  # Ray's id of the generator's node; "" without Ray
+    sampled: Sequence[Interval] = ()  # unix times in which it sampled groups of the training, since its last word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +273,7 @@ class EngineThread:
         self._num_groups = 0
         self._num_tokens = 0
         self._busy_s = 0.0
+        self._sampled: list[Interval] = []  # see WeightsAck
 
     def start(self, make: Callable[[], SamplingEngine]) -> None:
         """Make the engine in the thread, and return when it is ready."""
@@ -371,6 +374,8 @@ class EngineThread:
                 generate_end_s=time.time(),
                 attempt=self.attempt,
             )
+            if group.sampling is None:
+                self._note_sampled(group.start_s, sampled.generate_end_s)
             with about_group(group.ticket, is_evaluation=group.sampling is not None):
                 num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
                 seconds = sampled.generate_end_s - group.start_s
@@ -382,6 +387,11 @@ class EngineThread:
                 f"the engine returned too few completions: {missing} are missing, and it works on "
                 f"{self._engine.num_unfinished}"
             )
+
+    def _note_sampled(self, start_s: float, end_s: float) -> None:
+        if self._sampled and start_s <= self._sampled[-1][1]:
+            start_s = min(start_s, self._sampled.pop()[0])
+        self._sampled.append((start_s, end_s))
 
     def _abort(self, group: _Group) -> None:
         if self._running.pop(group.engine_id, None):
@@ -409,6 +419,7 @@ class EngineThread:
         load_s = time.perf_counter() - start
         logger.info("loaded version %d in %.3f s", update.version, load_s)
         self._busy_s += load_s
+        sampled, self._sampled = self._sampled, []
         update.result.set_result(
             WeightsAck(
                 generator=self._name,
@@ -417,6 +428,7 @@ class EngineThread:
                 drain_s=start - update.received_s,
                 load_s=load_s,
                 node=_node_id(),
+                sampled=sampled,
             )
         )
 

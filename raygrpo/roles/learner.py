@@ -360,7 +360,9 @@ class Learner:
                 published = (max(times.learn[1], evaluated[1]) if evaluated else times.learn[1], report.end_s)
                 # Where generating goes on meanwhile, most of a publish falls into the next step.
                 publishes = [self._last_publish, published]
-                metrics = metrics | times.metrics(publishes, self._evaluations_in(report), self._step_start_s, end_s)
+                metrics = metrics | times.metrics(
+                    publishes, self._evaluations_in(report), report.sampled, self._step_start_s, end_s
+                )
                 self._last_publish = published
                 metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raygrpo.timeline import Interval
@@ -19,6 +20,7 @@ class PublishReport:
     num_generators: int  # healthy ones, which hold the version
     failed: list[str]  # generators that did not load it
     generator_failures: int  # since the run began
+    sampled: Sequence[Interval] = ()  # when generators sampled for the training, since the publish before
     evaluated: Interval | None = None  # when the evaluation before this publish ran, if there was one
     evaluations_failed: int = 0  # since the run began
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,17 @@ class StepTimes:
     score: list[Interval]
 
     def metrics(
-        self, publish: list[Interval], evaluate: list[Interval] | None, start_s: float, end_s: float
+        self,
+        publish: list[Interval],
+        evaluate: list[Interval] | None,
+        sampled: Sequence[Interval],
+        start_s: float,
+        end_s: float,
     ) -> StepMetrics:
-        """evaluate: None where the run has no evaluations."""
+        """evaluate: None where the run has no evaluations. sampled: when generators were at work, also for later
+        steps."""
         stages = {
-            "generate": self.generate,
+            "generate": [*self.generate, *sampled],
             "reward": self.score,
             "learn": [self.learn],
             "publish": publish,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.engines.sampling import EngineDeadError
 from raygrpo.eval_config import EvalSamplingConfig
 from raygrpo.roles.generator import Generator
+from raygrpo.timeline import covered_seconds
 from raygrpo.types import Prompt, RolloutGroup
 from raygrpo.weights import PackedWeights, pack
 from tests.tiny_models import tiny_model
@@ -106,8 +108,12 @@ def test_running_groups_end_under_the_old_version_and_waiting_ones_begin_under_t
         ack = await generator.load_weights(1, packed[1])
         assert (ack.generator, ack.version, ack.num_bytes) == ("generator-0", 1, packed[1].num_bytes)
         groups = await asyncio.gather(*tasks)
+        later = await generator.load_weights(2, packed[2])
         versions = [group.policy_version for group in groups]
         assert versions.count(0) >= 3
+        for version, said in enumerate((ack.sampled, later.sampled)):  # each says when it sampled, since the one before
+            own = [(g.generate_start_s, g.generate_end_s) for g in groups if g.policy_version == version]
+            assert covered_seconds(said, 0.0, math.inf) == pytest.approx(covered_seconds(own, 0.0, math.inf), abs=1e-5)
         assert versions.count(1) >= 1
         for group in groups:
             assert logprob_error(models[group.policy_version], group) < TOLERANCE
@@ -129,7 +135,7 @@ def test_a_generator_never_has_more_groups_in_its_engine_than_max_groups(paths):
     asyncio.run(main())
 
 
-def test_groups_of_an_evaluation_are_begun_when_none_of_the_training_waits(paths):
+def test_groups_of_an_evaluation_are_begun_when_none_of_the_training_waits(paths, packed):
     async def main() -> None:
         generator = Generator(**settings(paths[0], max_groups=1, max_tokens=20))
         greedy = EvalSamplingConfig(max_tokens=20)
@@ -149,6 +155,8 @@ def test_groups_of_an_evaluation_are_begun_when_none_of_the_training_waits(paths
         first, second = await asyncio.gather(*evaluating)
         await asyncio.gather(running, *training)
         assert order == [0, 1, 2, 10, 11]
+        sampled = (await generator.load_weights(1, packed[1])).sampled
+        assert max(end_s for _, end_s in sampled) <= first.generate_start_s, "of the training only"
         assert tokens(first) == tokens(second), "greedy, whatever the seed"
 
     asyncio.run(main())
