@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STACK_DEPTH = 12  # calls of each thread in a report
-EXIT_DELAY_S = 1.0  # for the answers to the callers to leave the process
+EXIT_DELAY_S = 3.0  # for the answers to the callers to leave the process, on a busy machine too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
