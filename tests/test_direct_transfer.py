@@ -226,7 +226,7 @@ def test_a_sender_that_dies_in_the_middle_is_an_error_at_once():
     start = time.monotonic()
     with pytest.raises(TransferError):
         list(received)
-    with pytest.raises(TransferError, match="the learner at .* does not answer"):
+    with pytest.raises(TransferError, match=r"the learner at .* does not answer"):
         offer.receiver()
     assert time.monotonic() - start < 5.0
 
