@@ -247,7 +247,7 @@ def _memory_table(needs: list[RoleMemory], size: ModelSize, store_bytes: float) 
             most = need.device_peak if place == "GPU" else need.host_peak
             count = f"{need.num_processes} x {need.role}"
             table.add_row(count, f"most at a time, {place}", f"{most / GIB:.2f}", "", style="bold")
-    table.add_row(
-        "node", "object store", f"{store_bytes / GIB:.2f}", "two published versions, where learners or generators run"
-    )
+    if store_bytes:
+        why = "two published versions, where learners or generators run"
+        table.add_row("node", "object store", f"{store_bytes / GIB:.2f}", why)
     return table

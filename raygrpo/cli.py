@@ -372,6 +372,9 @@ def bench_publish(
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
     generators: Annotated[int, typer.Option(min=1, help="Generators that load each version.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Publishes, one after the other.")] = 5,
+    weight_transfer: Annotated[
+        Literal["object_store", "direct"], typer.Option(help="See generator.weight_transfer.")
+    ] = "object_store",
 ) -> None:
     """Bytes and seconds of a publish, from packing the weights to the last generator's acknowledgement.
 
@@ -379,7 +382,16 @@ def bench_publish(
     """
     from raygrpo.bench.publish import main as run
 
-    _or_exit(lambda: run(json=json, megabytes=megabytes, dtype=dtype, num_generators=generators, rounds=rounds))
+    _or_exit(
+        lambda: run(
+            json=json,
+            megabytes=megabytes,
+            dtype=dtype,
+            num_generators=generators,
+            rounds=rounds,
+            weight_transfer=weight_transfer,
+        )
+    )
 
 
 def _follow(jobs: RayJobs, job_id: str) -> None:

@@ -71,6 +71,10 @@ class GeneratorConfig(Section):
     load_timeout_s: PositiveFloat = 1800.0
     """A generator that has not started and loaded new weights by then has hung: it is restarted, and the gate opens
     without it."""
+    weight_transfer: Literal["object_store", "direct"] = "object_store"
+    """How published weights reach the generators: through Ray's object store in the hosts' memory, once to each node;
+    or each generator pulls them from the memory of the first learner's device (gloo; NCCL from GPU to GPU, which has
+    not been run yet)."""
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each generator."""
     num_gpus: NonNegativeFloat = 0.0
@@ -288,6 +292,12 @@ class RunConfig(Section):
         return self.eval is not None and self.eval.every > 0
 
     @property
+    def kept_versions(self) -> int:
+        """How many versions the first learner keeps for generators to pull (generator.weight_transfer: direct). A
+        publish waits for the evaluation of the version before, which a generator that restarts meanwhile needs."""
+        return 2 if self.evaluates else 1
+
+    @property
     def completions_per_step(self) -> int:
         return self.groups_per_step * self.group_size
 
@@ -344,6 +354,23 @@ class RunConfig(Section):
                 f"(checkpoint.every) are not all evaluated by one evaluation in {self.eval.every} steps (eval.every): "
                 "make checkpoint.every a multiple of eval.every"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _direct_transfer_between_gpus(self) -> RunConfig:
+        learner, generator = self.learner.num_gpus, self.generator.num_gpus
+        if self.generator.weight_transfer == "direct" and learner:
+            if not generator:
+                raise ValueError(
+                    f"generator.weight_transfer is direct, and learner.num_gpus {learner:g}: NCCL sends from GPU to "
+                    "GPU, but generator.num_gpus is 0"
+                )
+            if learner % 1 or generator % 1:
+                raise ValueError(
+                    f"generator.weight_transfer is direct, and learner.num_gpus {learner:g} with generator.num_gpus "
+                    f"{generator:g} can put both on one GPU, which NCCL refuses: give each whole GPUs, or leave "
+                    "generator.weight_transfer at object_store"
+                )
         return self
 
     @model_validator(mode="after")

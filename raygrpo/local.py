@@ -42,6 +42,7 @@ from raygrpo.train import Watcher
 from raygrpo.types import GroupRequest, RolloutGroup, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
+    from raygrpo.direct_transfer import Offer
     from raygrpo.engines.sampling import SamplingEngine
     from raygrpo.rewards import Scorer
     from raygrpo.roles.reports import PublishReport
@@ -61,6 +62,11 @@ def train_locally(
         raise ValueError(
             f"a local run has one learner and one generator, not {config.learner.num_workers} and "
             f"{config.generator.num_actors}: set learner.num_workers=1 generator.num_actors=1"
+        )
+    if config.generator.weight_transfer == "direct":
+        raise ValueError(
+            "a local run hands the weights over in its own memory, which generator.weight_transfer (direct) does not "
+            "change: leave it out"
         )
     run_dir = latest_run_directory(config) if resume else new_run_directory(config)
     with driver_log(run_info(config, run_dir), resume=resume):
@@ -166,10 +172,11 @@ class LocalRun:
     def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
         self._tickets = range(first_ticket, first_ticket + num_tickets)
 
-    def publish(self, version: int, weights: PackedWeights) -> None:
+    def publish(self, version: int, weights: PackedWeights | Offer) -> None:
         from raygrpo.roles.reports import PublishReport
-        from raygrpo.weights import unpack
+        from raygrpo.weights import PackedWeights, unpack
 
+        assert isinstance(weights, PackedWeights), "train_locally refuses the other way"
         start_s = time.time()
         tensors = unpack(weights)
         self._engine.load_weights(self._merge(tensors) if self._merge else tensors)

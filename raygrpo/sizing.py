@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from raygrpo.config import LoraConfig, RunConfig
 from raygrpo.shared_prefix.head import CHUNK_ROWS
+from raygrpo.snapshot import BUCKET_BYTES
 
 GIB = 2**30
 PROCESS_BYTES = 2 * GIB  # torch, the engine's libraries, Python: of a learner's or generator's process, besides tensors
@@ -130,7 +131,7 @@ def memory(config: RunConfig, size: ModelSize, prompt_tokens: int) -> list[RoleM
 
 def object_store_bytes(config: RunConfig, size: ModelSize) -> float:
     """Of a node with a learner or generators: two published versions, the new one beside the one it replaces."""
-    return 2 * _published_bytes(config, size)
+    return 0.0 if config.generator.weight_transfer == "direct" else 2 * _published_bytes(config, size)
 
 
 def activation_bytes(size: ModelSize, dtype_bytes: int) -> int:
@@ -213,7 +214,12 @@ def _learner(config: RunConfig, size: ModelSize) -> RoleMemory:
         loading = PROCESS_BYTES + p * b
         host.append(Part(name="loaded model", num_bytes=loading, why="P b on its way to the GPU", when="while loading"))
     published = _published_bytes(config, size)
-    host.append(Part(name="packed weights", num_bytes=published, why="rank 0, at each publish", when="in a step"))
+    if config.generator.weight_transfer == "direct":
+        kept = config.kept_versions
+        why = "rank 0 keeps what generators pull" + f": {kept} versions, since one may be evaluated" * (kept > 1)
+        parts.append(Part(name="published weights", num_bytes=kept * published, why=why))
+    else:
+        host.append(Part(name="packed weights", num_bytes=published, why="rank 0, at each publish", when="in a step"))
     return RoleMemory(role="learner", num_processes=n, num_gpus=learner.num_gpus, device=tuple(parts), host=tuple(host))
 
 
@@ -236,6 +242,10 @@ def _generator(config: RunConfig, size: ModelSize, prompt_tokens: int) -> RoleMe
             why=f"of {sequences} sequences in float32, and their log-probabilities",
         ),
     ]
+    if generator.weight_transfer == "direct":
+        largest = max(BUCKET_BYTES, size.vocabulary * size.hidden * b)
+        coming = min(_published_bytes(config, size), 2 * largest)
+        parts.append(Part(name="weights that come in", num_bytes=coming, why="two buckets, one of which is loaded"))
     if generator.num_gpus:
         per_gpu = DEVICE_BYTES * max(1.0, generator.num_gpus)
         parts.append(Part(name="device", num_bytes=per_gpu, why="allowance: context, workspaces, CUDA graphs"))

@@ -26,6 +26,10 @@ class RunStopped(RuntimeError):
     """Going on would be wrong, and starting again from a checkpoint would not help. The message is for the user."""
 
 
+class TransferError(RuntimeError):
+    """Weights did not arrive, and nothing was changed: the same transfer may be tried again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
     """Which run a role works for: what it says and measures (logs.py, gauges.py) bears its name."""

@@ -29,7 +29,7 @@ class PackedTensor:
     dtype: str  # of torch, e.g. "bfloat16"
     shape: tuple[int, ...]
     num_bytes: int
-    digest: int  # xxh3_64 of the bytes
+    digest: int  # of the bytes: xxh3_64; on a device snapshot.digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def pack(tensors: Iterable[tuple[str, Tensor]], *, copy: bool = True) -> PackedW
                 digest=_digest(array),
             )
         )
-    return PackedWeights(index=tuple(index), index_digest=_index_digest(index), data=tuple(data))
+    return PackedWeights(index=tuple(index), index_digest=index_digest(index), data=tuple(data))
 
 
 def unpack(packed: PackedWeights) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def unpack(packed: PackedWeights) -> dict[str, Tensor]:
     """
     import torch
 
-    if _index_digest(packed.index) != packed.index_digest:
+    if index_digest(packed.index) != packed.index_digest:
         raise ValueError("the index of the packed weights is damaged: its digest does not match")
     if len(packed.data) != len(packed.index):
         raise ValueError(f"packed weights hold {len(packed.data)} of {len(packed.index)} tensors")
@@ -113,7 +113,7 @@ def _digest(data: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(data.data)
 
 
-def _index_digest(index: Iterable[PackedTensor]) -> int:
+def index_digest(index: Iterable[PackedTensor]) -> int:
     import xxhash
 
     return xxhash.xxh3_64_intdigest(repr(list(index)).encode())

@@ -248,6 +248,14 @@ def test_a_function_stays_a_function(load):
         ({"algorithm": {"kl": {"target": 0.1}}}, ["(0.1)", "kl.coef"]),
         ({"algorithm": {"preset": "dappo"}}, ["'dappo'", "did you mean 'dapo'?"]),
         ({"learner": {"deepspeed": {"zero_optimization": {"stage": 0}}}}, ["stage is 0", "1, 2 and 3"]),
+        (
+            {"generator": {"weight_transfer": "direct"}, "learner": {"num_gpus": 1}},
+            ["generator.weight_transfer is direct", "learner.num_gpus 1", "generator.num_gpus is 0"],
+        ),
+        (
+            {"generator": {"weight_transfer": "direct", "num_gpus": 0.5}, "learner": {"num_gpus": 1}},
+            ["generator.weight_transfer is direct", "learner.num_gpus 1", "generator.num_gpus 0.5"],
+        ),
     ],
 )
 def test_a_bad_combination_is_refused_with_both_values(load, settings, values):

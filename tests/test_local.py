@@ -223,6 +223,11 @@ def test_only_one_learner_and_one_generator(run):
         run("learner.num_workers=2")
 
 
+def test_a_way_for_the_weights_that_has_no_effect_is_refused(run):
+    with pytest.raises(ValueError, match=r"generator.weight_transfer \(direct\) does not change: leave it out"):
+        run("generator.weight_transfer=direct")
+
+
 @pytest.fixture(scope="module")
 def lora() -> list[str]:
     return ["model.lora={rank: 4, alpha: 16}", "learner.optimizer.lr=0.05", "algorithm.kl.coef=0.05"]

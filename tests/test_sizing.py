@@ -166,6 +166,20 @@ def test_a_reference_policy_counts_once_more_and_adapters_need_none():
     assert object_store_bytes(config, adapted) == 2 * 2 * adapted.num_trained < 2 * GIB
 
 
+def test_what_generators_pull_lies_with_the_learner_and_not_in_the_object_store():
+    size = ModelSize.of(QWEN3_8B)
+    published = 2 * size.num_parameters
+    settings = {"model": {"dtype": "bfloat16"}, "generator": {"weight_transfer": "direct"}}
+    config = run_config(**settings)
+    assert parts_of(config, size)["published weights"] == published
+    assert "packed weights" not in parts_of(config, size) and object_store_bytes(config, size) == 0
+    coming = parts_of(config, size, "generator")["weights that come in"]
+    assert coming == 2 * 2 * QWEN3_8B.vocab_size * QWEN3_8B.hidden_size, "the embedding twice: larger than a bucket"
+    evaluated = run_config(**settings, eval={"every": 1, "data": {"source": "held_out.jsonl"}})
+    assert parts_of(evaluated, size)["published weights"] == 2 * published
+    assert "published weights" not in parts_of(run_config(model={"dtype": "bfloat16"}), size)
+
+
 def test_the_kv_cache_holds_the_groups_in_flight_with_their_prompts_once():
     size = ModelSize.of(QWEN3_8B)
     assert kv_bytes_per_token(size, 2) == 147_456

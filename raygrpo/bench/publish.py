@@ -4,8 +4,8 @@ A model of random weights, of the size that is asked for, in real generators (vL
 Every round changes all weights in place, as an update does, publishes them as the learner does, and then compares the
 generators' log-probabilities with the model's own: bytes that did not arrive would show there.
 
-    pack     one pass over the tensors, with their digests
-    put      a copy into Ray's object store
+    pack     one pass over the tensors, with their digests (direct: with a copy)
+    put      a copy into Ray's object store (direct: of the index only)
     ack      until every generator has verified and loaded them; load: of that, the slowest generator's own time
     CPU      seconds of all processes meanwhile: on a busy machine they say more than the clock
 """
@@ -23,6 +23,7 @@ from raygrpo.bench.pipeline_roles import embedded_ray, prompt_set, start_actor
 from raygrpo.bench.processes import cpu_seconds
 from raygrpo.bench.tables import table
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
+from raygrpo.direct_transfer import WeightsServer
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.generator import Generator
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Dtype = Literal["float32", "bfloat16"]
+WeightTransfer = Literal["object_store", "direct"]
 
 MARK_GB_PER_S = 0.7  # of a model of 500 MB, on one machine
 MAX_LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.1}  # mean over a completion's tokens
@@ -61,11 +63,23 @@ class PublishCost:
 
 
 def main(
-    json: bool = False, megabytes: int = 500, dtype: Dtype = "float32", num_generators: int = 1, rounds: int = 5
+    json: bool = False,
+    megabytes: int = 500,
+    dtype: Dtype = "float32",
+    num_generators: int = 1,
+    rounds: int = 5,
+    weight_transfer: WeightTransfer = "object_store",
 ) -> None:
     """Print the table, or one JSON document. Raises RuntimeError when a generator does not hold what was published."""
     with tempfile.TemporaryDirectory() as directory:
-        costs = run(Path(directory), megabytes=megabytes, dtype=dtype, num_generators=num_generators, rounds=rounds)
+        costs = run(
+            Path(directory),
+            megabytes=megabytes,
+            dtype=dtype,
+            num_generators=num_generators,
+            rounds=rounds,
+            weight_transfer=weight_transfer,
+        )
     if json:
         rows = [asdict(cost) | {"total_s": cost.total_s, "gb_per_s": cost.gb_per_s} for cost in costs]
         print(json_format.dumps(rows, indent=1))
@@ -83,11 +97,13 @@ def run(
     dtype: Dtype,
     num_generators: int = 1,
     rounds: int,
+    weight_transfer: WeightTransfer = "object_store",
     hidden: int = HIDDEN,
     vocabulary: int = VOCABULARY,
 ) -> list[PublishCost]:
     """One cost a round. The first rounds also pay for memory that nobody had touched before."""
     import ray
+    from ray.util import get_node_ip_address
 
     model = random_model(directory, megabytes=megabytes, dtype=dtype, hidden=hidden, vocabulary=vocabulary)
     settings = GeneratorConfig(
@@ -120,14 +136,23 @@ def run(
         )
         ray.get(controller.begin_attempt.remote(0))
         ray.get([generator.status.remote() for generator in generators.values()])  # their engines have started
+        server = WeightsServer(get_node_ip_address()) if weight_transfer == "direct" else None
         try:
-            return [_publish(model, controller, list(generators.values()), version) for version in range(1, rounds + 1)]
+            return [
+                _publish(model, controller, list(generators.values()), version, server)
+                for version in range(1, rounds + 1)
+            ]
         finally:
+            if server is not None:
+                server.close()
             for actor in (controller, *generators.values()):
                 ray.kill(actor)
 
 
-def _publish(model: nn.Module, controller: Any, generators: list[Any], version: int) -> PublishCost:
+def _publish(
+    model: nn.Module, controller: Any, generators: list[Any], version: int, server: WeightsServer | None
+) -> PublishCost:
+    """server: for direct transfers."""
     import ray
     import torch
 
@@ -138,7 +163,8 @@ def _publish(model: nn.Module, controller: Any, generators: list[Any], version: 
             parameter.mul_(1 + CHANGE * (-1) ** version)
     before_s = _cpu_s()
     start_s = time.perf_counter()
-    packed = pack(((name, parameter.detach()) for name, parameter in model.named_parameters()), copy=False)
+    tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    packed = pack(tensors, copy=False) if server is None else server.publish(version, tensors)
     packed_s = time.perf_counter()
     weights = ray.put(packed)
     put_s = time.perf_counter()

@@ -16,7 +16,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,25 @@ MAX_SEED = 2**63 - 1
 
 class EngineDeadError(RuntimeError):
     """The engine can no longer be used: its process must be started again."""
+
+
+class WeightsReceiver(Protocol):
+    """A connection by which an engine pulls weights from the learner."""
+
+    def begin(self, offer: Any) -> Iterator[tuple[str, Tensor]]: ...
+
+    def close(self) -> None: ...
+
+
+class WeightsOffer(Protocol):
+    """Weights that can be pulled from the learner: direct_transfer.Offer, of which engines know no more than this."""
+
+    @property
+    def index(self) -> Sequence[Any]:
+        """What has a name and a shape for each tensor."""
+        ...
+
+    def receiver(self, previous: Any = None, *, party: str = "", rank: int = 1, size: int = 2) -> WeightsReceiver: ...
 
 
 class SamplingEngine(Protocol):
@@ -80,6 +99,14 @@ class SamplingEngine(Protocol):
         tensors: under the names of the checkpoint that the engine was started from. Raises ValueError, with the old
         weights intact, when names or shapes are not those of the checkpoint; RuntimeError while completions are
         unfinished; EngineDeadError when the engine failed half-way.
+        """
+
+    def pull_weights(self, offer: WeightsOffer) -> None:
+        """As `load_weights`, with tensors that come straight from the learner, bucket by bucket, onto the device of the
+        engine: no more than two buckets are there at a time.
+
+        Raises TransferError too, with the old weights intact, when the transfer does not begin; one that ends in the
+        middle leaves a model of both, which is an EngineDeadError.
         """
 
 
@@ -133,8 +160,9 @@ def check_score(prompt_ids: list[int], completion_ids: list[int], *, max_model_l
         )
 
 
-def check_weights(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming tensors, unless `tensors` has the names and shapes of `expected`."""
+def check_weights(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming tensors, unless `tensors` (or what describes them) has the names and shapes of
+    `expected`."""
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:

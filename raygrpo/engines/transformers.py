@@ -24,7 +24,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
-from raygrpo.engines.sampling import EngineDeadError, check_request, check_score, check_weights, stop_token_ids
+from raygrpo.engines.sampling import (
+    EngineDeadError,
+    WeightsOffer,
+    check_request,
+    check_score,
+    check_weights,
+    stop_token_ids,
+)
 from raygrpo.types import Rollout
 
 
@@ -62,6 +69,7 @@ class TransformersEngine:
         self._vocab_size = config.vocab_size
         self._tied_head = bool(config.tie_word_embeddings)
         self._groups: dict[str, _RunningGroup] = {}
+        self._receiver: Any = None  # of weights that are pulled
         self.num_cached_tokens = 0
 
     @property
@@ -113,6 +121,22 @@ class TransformersEngine:
         check_weights({name: parameter.shape for name, parameter in parameters.items()}, tensors)
         for name, parameter in parameters.items():
             parameter.data.copy_(tensors[name])
+
+    def pull_weights(self, offer: WeightsOffer) -> None:
+        if self._groups:
+            raise RuntimeError(f"{self.num_unfinished} completions are unfinished: weights change between groups only")
+        skipped = {"lm_head.weight"} if self._tied_head else set()
+        parameters = dict(self._model.named_parameters())
+        offered = {entry.name: entry for entry in offer.index if entry.name not in skipped}
+        check_weights({name: parameter.shape for name, parameter in parameters.items()}, offered)
+        self._receiver = offer.receiver(self._receiver)
+        tensors = self._receiver.begin(offer)
+        try:
+            for name, tensor in tensors:
+                if name not in skipped:
+                    parameters[name].data.copy_(tensor)
+        except Exception as error:
+            raise EngineDeadError(f"new weights came in part only: {error}") from error
 
     @torch.no_grad()
     def _advance(self, group: _RunningGroup) -> list[tuple[int, Rollout]]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
 from raygrpo.engines.sampling import (
     EngineDeadError,
+    WeightsOffer,
+    WeightsReceiver,
     check_request,
     check_score,
     check_weights,
     checkpoint_shapes,
     stop_token_ids,
 )
-from raygrpo.types import Rollout
+from raygrpo.types import Rollout, TransferError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +52,7 @@ OWN_OPTIONS = {  # vLLM option -> where it is set instead, or why it is fixed
     "data_parallel_size": "generator.num_actors",
     "pipeline_parallel_size": "not supported; use tensor_parallel_size",
 }
+TIED_HEAD = "lm_head.weight"  # what a head is called that shares the embedding's weight
 CPU_KV_CACHE_BYTES = (
     2**30
 )  # unless generator.vllm.kv_cache_memory_bytes says otherwise; touched only as far as it is used
@@ -187,13 +191,32 @@ class VllmEngine:
                     return [row[token].logprob for row, token in zip(rows, completion_ids, strict=True)]
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        self._check_idle()
+        if self._tied_head:
+            tensors = {name: tensor for name, tensor in tensors.items() if name != TIED_HEAD}
+        check_weights(self._shapes, tensors)
+        self._replace_weights("load_published_weights", list(tensors.items()))
+
+    def pull_weights(self, offer: WeightsOffer) -> None:
+        """Every rank of the engine receives every tensor, in the process in which it lives, and loads its share."""
+        self._check_idle()
+        skipped = (TIED_HEAD,) if self._tied_head else ()
+        check_weights(self._shapes, {entry.name: entry for entry in offer.index if entry.name not in skipped})
+        size = 1 + self._engine.vllm_config.parallel_config.tensor_parallel_size
+        failures = self._engine.collective_rpc("begin_pull", args=(offer, secrets.token_hex(8), size))
+        if failure := next((failure for failure in failures if failure is not None), None):
+            self._engine.collective_rpc("end_pull")
+            raise failure
+        self._replace_weights("load_pulled_weights", skipped)
+
+    def _check_idle(self) -> None:
         if self.num_unfinished:
             raise RuntimeError(f"{self.num_unfinished} completions are unfinished: weights change between groups only")
-        if self._tied_head:
-            tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-        check_weights(self._shapes, tensors)
+
+    def _replace_weights(self, method: str, argument: Any) -> None:
+        """By a method of WeightsExtension."""
         try:
-            self._engine.collective_rpc("load_published_weights", args=(list(tensors.items()),))
+            self._engine.collective_rpc(method, args=(argument,))
         except Exception as error:  # vLLM leaves a half-loaded model without storage behind
             raise EngineDeadError(
                 f"vLLM failed while it loaded new weights: {type(error).__name__}: {error}"
@@ -266,8 +289,29 @@ class WeightsExtension:
 
     model_runner: Any  # the worker's
     vllm_config: Any
+    rank: int  # of the worker, from 0
+    weights_receiver: WeightsReceiver | None = None
+    pulled_weights: Iterator[tuple[str, Tensor]]
 
-    def load_published_weights(self, tensors: list[tuple[str, Tensor]]) -> None:
+    def begin_pull(self, offer: WeightsOffer, party: str, size: int) -> Exception | None:
+        """Nothing of the model changes yet. Returns what went wrong: an error that is raised in another process loses
+        its type."""
+        try:
+            receiver = offer.receiver(self.weights_receiver, party=party, rank=1 + self.rank, size=size)
+            self.weights_receiver, self.pulled_weights = receiver, receiver.begin(offer)
+        except (TransferError, ValueError) as error:
+            return error
+        return None
+
+    def end_pull(self) -> None:
+        """One rank could not begin: none goes on."""
+        if self.weights_receiver is not None:
+            self.weights_receiver.close()
+
+    def load_pulled_weights(self, skipped: Sequence[str]) -> None:
+        self.load_published_weights((name, tensor) for name, tensor in self.pulled_weights if name not in skipped)
+
+    def load_published_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the model's weights in place. `model.load_weights` would fail: CPU layers have packed their weights
         away.
         """

@@ -36,12 +36,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
+from raygrpo.direct_transfer import Offer, Receiver
 from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
 from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, GENERATOR_VERSION, PERIOD_S, Gauges
 from raygrpo.logs import about_group, always, open_log
 from raygrpo.lora import AdapterMerger
 from raygrpo.timeline import Interval
-from raygrpo.types import Prompt, Rollout, RolloutGroup, RunInfo
+from raygrpo.types import Prompt, Rollout, RolloutGroup, RunInfo, TransferError
 from raygrpo.weights import PackedWeights, unpack
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class _Group:
 class _Update:
     attempt: int
     version: int
-    packed: PackedWeights
+    weights: PackedWeights | Offer
     result: Future[WeightsAck] = field(default_factory=Future)
     received_s: float = field(default_factory=time.perf_counter)
 
@@ -177,12 +178,15 @@ class Generator:
             self._worker.inbox.put(_Abort(group=group))
             raise
 
-    async def load_weights(self, version: int, weights: PackedWeights | list[Any], *, attempt: int = 0) -> WeightsAck:
+    async def load_weights(
+        self, version: int, weights: PackedWeights | Offer | list[Any], *, attempt: int = 0
+    ) -> WeightsAck:
         """Serve `version` from now on: returns when running groups are finished and the weights are loaded.
 
-        weights: the packed weights, or a list with one Ray reference to them; not looked at when the generator has the
-        version already. Raises ValueError for an older version, damaged weights or foreign tensors: the generator then
-        goes on as it was.
+        weights: the packed weights or an offer of them, or a list with one Ray reference to either; not looked at when
+        the generator has the version already. Raises ValueError for an older version, damaged weights or foreign
+        tensors, TransferError for an offer whose pull does not begin: the generator then goes on as it was. A pull that
+        ends in the middle ends the engine.
         """
         served = (self._worker.attempt, self._worker.version)
         if (attempt, version) == served:
@@ -194,8 +198,8 @@ class Generator:
                 f"{self.name} serves version {served[1]} of attempt {served[0]}: "
                 f"version {version} of attempt {attempt} is older"
             )
-        packed = await weights[0] if isinstance(weights, list) else weights
-        ack = await self._worker.ask(_Update(attempt=attempt, version=version, packed=packed))
+        published = await weights[0] if isinstance(weights, list) else weights
+        ack = await self._worker.ask(_Update(attempt=attempt, version=version, weights=published))
         self._version_changed.set()
         self._version_changed = asyncio.Event()
         return ack
@@ -266,6 +270,7 @@ class EngineThread:
         self._max_groups = max_groups
         self._keep_cache = keep_cache
         self._to_weights = to_weights
+        self._receiver: Receiver | None = None  # of adapters that are pulled
         self._running: dict[str, _Group] = {}
         self._waiting: deque[_Group] = deque()
         self._evaluating: deque[_Group] = deque()  # wait until none of the others does
@@ -405,9 +410,12 @@ class EngineThread:
         try:
             if (update.attempt, update.version) <= (self.attempt, self.version):
                 raise ValueError(f"{self._name} serves version {self.version} already, not {update.version}")
-            tensors = unpack(update.packed)
-            self._engine.load_weights(self._to_weights(tensors) if self._to_weights else tensors)
-        except ValueError as error:
+            if isinstance(update.weights, Offer):
+                self._pull(update.weights)
+            else:
+                tensors = unpack(update.weights)
+                self._engine.load_weights(self._to_weights(tensors) if self._to_weights else tensors)
+        except (ValueError, TransferError) as error:
             logger.error("version %d of attempt %d is refused: %s", update.version, update.attempt, error)
             update.result.set_exception(error)
             return
@@ -424,13 +432,22 @@ class EngineThread:
             WeightsAck(
                 generator=self._name,
                 version=update.version,
-                num_bytes=update.packed.num_bytes,
+                num_bytes=update.weights.num_bytes,
                 drain_s=start - update.received_s,
                 load_s=load_s,
                 node=_node_id(),
                 sampled=sampled,
             )
         )
+
+    def _pull(self, offer: Offer) -> None:
+        if self._to_weights is None:
+            self._engine.pull_weights(offer)
+            return
+        # Adapters: few bytes, all of which are needed before anything can be loaded.
+        self._receiver = offer.receiver(self._receiver)
+        adapters = {name: tensor.cpu() for name, tensor in self._receiver.begin(offer)}
+        self._engine.load_weights(self._to_weights(adapters))
 
     def _score(self, score: _Score) -> None:
         try:

@@ -31,8 +31,12 @@ from raygrpo.timeline import Interval
 from raygrpo.types import FENCED, RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raygrpo.direct_transfer import Offer, WeightsServer
     from raygrpo.roles.link import RayLink, RunLink
     from raygrpo.roles.reports import PublishReport
+    from raygrpo.weights import PackedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +144,7 @@ class Learner:
             setup.checkpoint_dir, keep=setup.config.checkpoint.keep, keep_best=setup.config.checkpoint.keep_best
         )
         self._committing: Future[None] | None = None
+        self._server: WeightsServer | None = None  # of weights that generators pull
         self._is_checked = False
         self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
         self._failed_checkpoints = 0  # since the last step was reported
@@ -340,14 +345,26 @@ class Learner:
 
     def publish(self, version: int) -> None:
         """Hand the weights over; all ranks call it. Returns when they are packed: `_report` waits for the acks."""
-        from raygrpo.weights import pack
-
         weights = self._engine.named_weights(trained_only=self._config.model.lora is not None)
         if self._rank == 0:
-            self._link.publish(version, pack(weights, copy=self._engine.gathers_weights))
+            self._link.publish(version, self._hand_out(version, weights))
         else:
             for _ in weights:  # takes part in ZeRO-3's gathering
                 pass
+
+    def _hand_out(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> PackedWeights | Offer:
+        """What generators are given of the weights, by generator.weight_transfer."""
+        if self._config.generator.weight_transfer == "object_store":
+            from raygrpo.weights import pack
+
+            return pack(weights, copy=self._engine.gathers_weights)
+        if self._server is None:
+            from ray.util import get_node_ip_address
+
+            from raygrpo.direct_transfer import WeightsServer
+
+            self._server = WeightsServer(get_node_ip_address(), keep=self._config.kept_versions)
+        return self._server.publish(version, weights)
 
     def _report(self) -> None:
         """Wait for the acks of the last publish and log its step; on rank 0, where there is something to report."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
 
+    from raygrpo.direct_transfer import Offer
     from raygrpo.roles.reports import PublishReport
     from raygrpo.weights import PackedWeights
 
@@ -36,7 +37,7 @@ class RunLink(Protocol):
     def begin_segment(self, name: str, first_ticket: int, num_tickets: int) -> None:
         """The first rows of the dataset `name` are the tickets from first_ticket on; the others stand for nothing."""
 
-    def publish(self, version: int, weights: PackedWeights) -> None:
+    def publish(self, version: int, weights: PackedWeights | Offer) -> None:
         """Hand over the weights; `published` says what became of it."""
 
     def published(self) -> PublishReport | None:
@@ -85,7 +86,7 @@ class RayLink:
 
         ray.get(self.controller.begin_segment.remote(name, first_ticket, num_tickets))
 
-    def publish(self, version: int, weights: PackedWeights) -> None:
+    def publish(self, version: int, weights: PackedWeights | Offer) -> None:
         import ray
 
         self._publishing = self.controller.publish.remote(version, [ray.put(weights)])

@@ -7,14 +7,20 @@ import json
 import pytest
 import torch
 
+from raygrpo import weights
 from raygrpo.bench import publish
 
 pytestmark = pytest.mark.timeout(300)
 SMALL = {"hidden": 64, "vocabulary": 320}
 
 
-def test_generators_compute_the_published_model_after_every_round(ray_session, tmp_path):
-    costs = publish.run(tmp_path, megabytes=2, dtype="float32", num_generators=2, rounds=3, **SMALL)
+@pytest.mark.parametrize("weight_transfer", ["object_store", "direct"])
+def test_generators_compute_the_published_model_after_every_round(ray_session, tmp_path, weight_transfer, monkeypatch):
+    packs: list[int] = []
+    monkeypatch.setattr(weights, "pack", lambda *args, pack=weights.pack, **how: packs.append(1) or pack(*args, **how))
+    settings = SMALL | {"num_generators": 2, "rounds": 3, "weight_transfer": weight_transfer}
+    costs = publish.run(tmp_path, megabytes=2, dtype="float32", **settings)
+    assert len(packs) == (3 if weight_transfer == "object_store" else 0)
     assert len(costs) == 3
     for cost in costs:
         assert cost.logprob_diff < 1e-4

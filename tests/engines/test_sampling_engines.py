@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raygrpo.direct_transfer import WeightsServer
+from raygrpo.engines.sampling import EngineDeadError
 from raygrpo.eval_config import EvalSamplingConfig
-from raygrpo.types import Rollout
+from raygrpo.types import Rollout, TransferError
 from tests.tiny_models import tiny_model
 
 PROMPT = [(7 * i) % 250 for i in range(100)]  # three blocks of vLLM's prefix cache and a bit
@@ -200,6 +202,70 @@ def test_after_new_weights_logprobs_are_those_of_the_new_weights(
     engine.load_weights(named_tensors(old))
     after = sample(engine, {"a": (PROMPT, [1, 2, 3])})["a"]
     assert [r.completion_ids for r in after] == [r.completion_ids for r in before]
+
+
+@both_engines
+@models
+def test_weights_that_are_pulled_are_those_of_load_weights(start_engine, engine_name, architecture, tie, tmp_path):
+    """Bucket by bucket, from another process; the prompt is in the prefix cache, of which nothing may survive."""
+    engine, old_path = start_engine(engine_name, architecture, tie=tie)
+    old, new = load(old_path), load(tiny_model(tmp_path, architecture, tie=tie, vocab_size=300, seed=2))
+    engine.load_weights(named_tensors(new))
+    expected = sample(engine, {"a": (PROMPT, [1])})["a"][0]
+    engine.load_weights(named_tensors(old))
+    sample(engine, {"a": (PROMPT, [4])})
+    server = WeightsServer("127.0.0.1", timeout_s=10.0)
+    try:
+        for version in (1, 2):  # the second on the connection of the first
+            engine.pull_weights(server.publish(version, named_tensors(new).items(), bucket_bytes=50_000))
+            cached = engine.num_cached_tokens
+            pulled = sample(engine, {"a": (PROMPT, [1])})["a"][0]
+            assert engine.num_cached_tokens == cached
+            assert pulled.completion_ids == expected.completion_ids
+            assert pulled.behaviour_logprobs == expected.behaviour_logprobs
+            for rollout in sample(engine, {"a": (PROMPT, [1, 2, 3])})["a"]:
+                assert logprob_error(new, PROMPT, rollout) < TOLERANCE
+                assert logprob_error(old, PROMPT, rollout) > 0.1
+    finally:
+        server.close()
+        engine.load_weights(named_tensors(old))
+
+
+@both_engines
+def test_a_pull_that_does_not_begin_leaves_the_engine_as_it_was(start_engine, engine_name, tmp_path):
+    engine, path = start_engine(engine_name)
+    other = named_tensors(load(tiny_model(tmp_path, vocab_size=300, seed=1)))
+    server = WeightsServer("127.0.0.1", timeout_s=5.0)
+    try:
+        foreign = server.publish(1, list(other.items())[1:])
+        with pytest.raises(ValueError, match=r"1 missing \(model.embed_tokens.weight\)"):
+            engine.pull_weights(foreign)
+        gone = server.publish(2, other.items())
+        damaged = server.publish(3, other.items())
+        with pytest.raises(TransferError, match="does not keep version 2 any more"):
+            engine.pull_weights(gone)
+        server._snapshots[3].buckets[0][5] ^= 1
+        with pytest.raises(ValueError, match=r"digest of 'model.embed_tokens.weight'"):
+            engine.pull_weights(damaged)
+    finally:
+        server.close()
+    with pytest.raises(TransferError, match="does not answer"):
+        engine.pull_weights(damaged)
+    assert logprob_error(load(path), PROMPT, sample(engine, {"a": (PROMPT, [1])})["a"][0]) < TOLERANCE
+
+
+@both_engines
+def test_a_pull_that_ends_in_the_middle_declares_the_engine_dead(start_engine, engine_name, tmp_path):
+    engine, _ = start_engine(engine_name, max_tokens=5)
+    other = named_tensors(load(tiny_model(tmp_path, vocab_size=300, seed=1)))
+    server = WeightsServer("127.0.0.1", timeout_s=5.0)
+    try:
+        offer = server.publish(1, other.items(), bucket_bytes=50_000)
+        server._snapshots[1].buckets[-1][0] ^= 1
+        with pytest.raises(EngineDeadError, match=r"digest of '.*' does not match its bytes"):
+            engine.pull_weights(offer)
+    finally:
+        server.close()
 
 
 @both_engines

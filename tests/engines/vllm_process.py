@@ -26,7 +26,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 class EngineProxy(BaseProxy):
-    _exposed_ = ("__getattribute__", "add_group", "step", "abort_group", "score", "load_weights")
+    _exposed_ = ("__getattribute__", "add_group", "step", "abort_group", "score", "load_weights", "pull_weights")
 
     def __getattr__(self, name: str) -> Any:
         if name in ("num_unfinished", "num_cached_tokens"):

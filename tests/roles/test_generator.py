@@ -20,12 +20,14 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
+from raygrpo.config import GeneratorConfig, LoraConfig, ModelConfig, SamplingConfig
+from raygrpo.direct_transfer import WeightsServer
 from raygrpo.engines.sampling import EngineDeadError
 from raygrpo.eval_config import EvalSamplingConfig
+from raygrpo.lora import add_adapters
 from raygrpo.roles.generator import Generator
 from raygrpo.timeline import covered_seconds
-from raygrpo.types import Prompt, RolloutGroup
+from raygrpo.types import Prompt, RolloutGroup, TransferError
 from raygrpo.weights import PackedWeights, pack
 from tests.tiny_models import tiny_model
 
@@ -215,6 +217,48 @@ def test_bad_weights_are_refused_and_the_generator_goes_on(paths, models, packed
         group = await generator.generate(0, PROMPT, [1, 2], 1)
         assert group.policy_version == 1
         assert logprob_error(models[1], group) < TOLERANCE
+
+    asyncio.run(main())
+
+
+def test_a_generator_pulls_what_it_is_offered_and_goes_on_where_that_is_not_there(paths, models):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0]))
+        server = WeightsServer("127.0.0.1", timeout_s=5.0)
+        offers = [server.publish(version, models[version].named_parameters()) for version in (1, 2)]
+        with pytest.raises(TransferError, match="does not keep version 1 any more"):
+            await generator.load_weights(1, offers[0])
+        ack = await generator.load_weights(2, offers[1])
+        assert (ack.version, ack.num_bytes) == (2, sum(p.nbytes for p in models[2].parameters()))
+        server.close()
+        with pytest.raises(TransferError, match="does not answer"):
+            await generator.load_weights(3, dataclasses.replace(offers[1], version=3))
+        group = await generator.generate(0, PROMPT, [1, 2], 2)
+        assert group.policy_version == 2
+        assert logprob_error(models[2], group) < TOLERANCE
+
+    asyncio.run(main())
+
+
+def test_adapters_are_pulled_and_merged(paths):
+    lora = LoraConfig(rank=4)
+    adapted: Any = add_adapters(AutoModelForCausalLM.from_pretrained(paths[0]), lora)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    trained = [(name, p.detach()) for name, p in adapted.named_parameters() if p.requires_grad]
+
+    async def main() -> None:
+        given = settings(paths[0])
+        generator = Generator(**given | {"model": given["model"].model_copy(update={"lora": lora})})
+        server = WeightsServer("127.0.0.1", timeout_s=5.0)
+        for version in (1, 2):
+            ack = await generator.load_weights(version, server.publish(version, trained))
+            assert ack.num_bytes == sum(tensor.nbytes for _, tensor in trained)
+        server.close()
+        group = await generator.generate(0, PROMPT, [1, 2], 2)
+        assert logprob_error(adapted, group) < TOLERANCE
 
     asyncio.run(main())
 
