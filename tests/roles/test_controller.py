@@ -20,6 +20,7 @@ from raygrpo.data.prompts import PROMPT_SET_SCHEMA
 from raygrpo.roles import claims as claims_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
+from raygrpo.roles.generator import WeightsAck
 from raygrpo.types import FENCED
 
 NUM_PROMPTS = 7
@@ -50,7 +51,7 @@ class FakeGenerator:
     def restart(self) -> None:
         self.restarts += 1
 
-    async def _load(self, version: int, weights: list[Any], *, attempt: int = 0) -> Any:
+    async def _load(self, version: int, weights: list[Any], *, attempt: int = 0) -> WeightsAck:
         assert not self.loading, "one at a time"
         self.loading = True
         try:
@@ -60,7 +61,7 @@ class FakeGenerator:
             self.loading = False
         self.version = version
         self.loads.append((attempt, version, weights[0]))
-        return SimpleNamespace(generator=self.name, version=version, num_bytes=100, load_s=0.0, node=self.node)
+        return WeightsAck(generator=self.name, version=version, num_bytes=100, drain_s=0.0, load_s=0.0, node=self.node)
 
 
 def prompt_set(num: int = NUM_PROMPTS) -> PromptSet:
