@@ -19,6 +19,8 @@ What a group costs on the way (`raygrpo bench pipeline`) is mostly per call and 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import math
 import threading
@@ -353,14 +355,15 @@ def data_config() -> ray.train.DataConfig:
 
 def _configure_ray_data() -> None:
     """Settings of the process's DataContext: no timeout of Ray Data's own, no progress bars beside ours, a shorter
-    poll."""
+    poll, no memory of executions that are over."""
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None  # a thread for each block
-    if AdaptivePoll not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(AdaptivePoll)
+    for callback in (AdaptivePoll, NoLeftovers):
+        if callback not in context.custom_execution_callback_classes:
+            context.custom_execution_callback_classes.append(callback)
 
 
 class AdaptivePoll(ExecutionCallback):
@@ -391,6 +394,21 @@ class AdaptivePoll(ExecutionCallback):
         round_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
         period = min(POLL_S, max(HOT_POLL_S, round_s / POLL_SHARE)) if now < self._hot_until_s else POLL_S
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = period
+
+
+class NoLeftovers(ExecutionCallback):
+    """Give back what the execution before this one left in the process that executes.
+
+    Ray Data 2.60 executes each segment in new threads. The heaps that glibc gives to threads keep, in holes, what those
+    that ended had freed; and the executor and its operators refer to each other, so that Python's collector would find
+    them tens of executions later. Without this the process grows by 2.5 MB a segment.
+    """
+
+    def before_execution_starts(self, executor: Any) -> None:
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # glibc
+            trim(0)
 
 
 def iterate_groups(shard: Any) -> Callable[[], ScoredGroup]:

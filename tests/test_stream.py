@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -284,6 +286,25 @@ def test_dynamic_sampling_replaces_prompts_without_spread_reproducibly_and_withi
     assert seen[0] == seen[1]
     replacements = {replacement for _, replacement, _ in seen[0]}
     assert replacements == {0, 1, 2}
+
+
+def test_an_execution_finds_nothing_of_the_one_before_it():
+    from raygrpo.stream import NoLeftovers
+
+    class Executor:
+        operators: list[Any]
+
+    before = Executor()
+    before.operators = [before]  # as Ray Data's refer to each other
+    left = weakref.ref(before)
+    gc.disable()  # Python's own collector comes when it comes
+    try:
+        del before
+        assert left() is not None
+        NoLeftovers().before_execution_starts(Executor())
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_the_loop_is_quick_while_groups_move_and_takes_a_bounded_share_of_a_core(monkeypatch):
