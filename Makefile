@@ -55,4 +55,4 @@ cluster-local: install
 	$(BIN)/python cluster/local.py $(ARGS)
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines benchmarks cluster && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check raygrpo tests pipelines benchmarks cluster && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -69,7 +69,7 @@ def observed(tmp_path_factory) -> Iterator[Observed]:
     directory = tmp_path_factory.mktemp("observed")
     command = [
         str(Path(sys.executable).parent / "raygrpo"), "train", str(write_task(directory)), "max_staleness=1",
-        "generator.engine=transformers", "generator.vllm={}", "generator.sampling.max_tokens=100",
+        "generator.engine=transformers", "generator.vllm={}", "generator.sampling.max_tokens=50",
         "learner.num_workers=1", "algorithm.kl.coef=0.01", "log_level=debug", "num_steps=16", "checkpoint.every=8",
         "eval={every: 8, data: {source: 'chaos_task:rows', max_rows: 3}}",
     ]  # fmt: skip

@@ -233,6 +233,7 @@ def test_overlapped_with_two_generators_two_learners_zero_3_and_two_segments(run
         "generator.num_actors=2",
         "learner.num_workers=2",
         "learner.deepspeed.zero_optimization.stage=3",
+        "generator.weight_transfer=direct",
         "checkpoint.every=2",
     )
     for step in range(config.num_steps):
@@ -313,7 +314,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_as_killed_and_frees_the_cluster(run, ray_session, tmp_path, how, interruptible):
     class Interrupting(Recorder):
         def on_step(self, step: int, metrics: dict[str, float]) -> None:

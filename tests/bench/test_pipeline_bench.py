@@ -37,13 +37,13 @@ def test_steps_are_measured_alone(ray_session):
 
 def test_the_command_prints_marks_and_json(ray_session, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "MARK", Point(1, 8, 4, 1, 2))
-    monkeypatch.setattr(pipeline, "QUICK", pipeline.Extent(pools=(1,), lengths=(8, 12), blocks=(), claims=16))
+    monkeypatch.setattr(pipeline, "QUICK", pipeline.Extent(pools=(1,), lengths=(8,), blocks=(), claims=16))
     pipeline.main(quick=True)
     printed = capsys.readouterr().out
     assert "groups/s with 1 generator (mark: 200)" in printed and "rollout proxies" in printed
     pipeline.main(quick=True, json=True)
     result = json.loads(capsys.readouterr().out)
-    assert [cost["point"]["num_groups"] for cost in result["streams"]] == [8, 12]
+    assert [cost["point"]["num_groups"] for cost in result["streams"]] == [8]
 
 
 def test_cpu_time_is_booked_between_the_given_times_also_of_processes_that_end():

