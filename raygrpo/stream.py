@@ -107,6 +107,10 @@ SCORED_GROUP_SCHEMA = pa.schema(
     ]
 )
 
+# Of the stage whose blocks go to the learners. Ray 2.60 sends what is smaller than this (100 kB by default) to the
+# process that asked for it, here Ray Data's, and never frees it there if the last to let go is another, here a learner:
+# the process would grow by every group of the run. What lies in the object store is freed.
+RETURNS_IN_STORE = {"env_vars": {"RAY_max_direct_call_object_size": "1000"}}
 POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.7  # of Ray Data's loop: see AdaptivePoll
 CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
@@ -331,7 +335,9 @@ def segment_dataset(
     stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
         arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements, run)
-        return tickets.map_batches(DynamicSamplingStage, fn_constructor_args=arguments, **waiting)
+        return tickets.map_batches(
+            DynamicSamplingStage, fn_constructor_args=arguments, runtime_env=RETURNS_IN_STORE, **waiting
+        )
     return tickets.map_batches(RolloutStage, fn_constructor_args=(controller, stream, run), **waiting).map_batches(
         RewardStage,
         fn_constructor_args=(reward, import_paths, run),
@@ -339,6 +345,7 @@ def segment_dataset(
         batch_format="pyarrow",
         num_cpus=reward.num_cpus,
         label_selector=reward.label_selector,
+        runtime_env=RETURNS_IN_STORE,
         # Ray Data hands over what a round of its loop found finished: all of it at once.
         compute=ray.data.ActorPoolStrategy(size=reward.num_workers, max_tasks_in_flight_per_actor=blocks_in_flight),
     )
