@@ -3,7 +3,7 @@
 #   make smollm2           fetch a real 135M model and train it
 #   make test              the test suite      make test-slow: what takes longer
 #   make chaos             trainings in which processes are killed at random (ARGS="--runs 20 --seed 1")
-#   make soak              300 steps of a tiny model; fails if memory, file descriptors or processes grow (some minutes)
+#   make soak              600 steps of a tiny model; fails if memory, file descriptors or processes grow (some minutes)
 #   make cluster-local     a Ray cluster of three nodes on this machine, and the quickstart as a job on it
 # PIP_ARGS goes to pip: see "Install" in README.md for machines whose index serves torch for CUDA only.
 
