@@ -408,7 +408,7 @@ class NoLeftovers(ExecutionCallback):
 
     Ray Data 2.60 executes each segment in new threads. The heaps that glibc gives to threads keep, in holes, what those
     that ended had freed; and the executor and its operators refer to each other, so that Python's collector would find
-    them tens of executions later. Without this the process grows by 2.5 MB a segment.
+    them tens of executions later. The process grew by 1.8 MB a segment of 100 small blocks, and by 0.4 MB with this.
     """
 
     def before_execution_starts(self, executor: Any) -> None:
