@@ -36,6 +36,10 @@ async def later(completion, answer):
     return share(completion, answer)
 
 
+def hopeless(completion):
+    return 0.0
+
+
 def flat_for_vowels(completion, answer):
     return 0.0 if answer in "aei" else share(completion, answer)
 """
@@ -216,6 +220,15 @@ def table(store: Store, result: RunResult, file: str, directory: Path) -> list[d
 def test_generators_that_compute_another_model_stop_the_run(run):
     with pytest.raises(RunStopped, match=r"differ by .* \(learner.max_logprob_diff is 1e-12\)"):
         run("learner.max_logprob_diff=1.0e-12")
+
+
+def test_steps_in_which_all_rewards_are_equal_train_nothing_and_are_no_error(run):
+    """Also the first, in which the learner would compare itself with the generator."""
+    result, _ = run("reward.functions=[{use: local_task:hopeless}]")
+    assert rewards(result) == [0.0] * 3
+    for metrics in result.history.values():
+        assert metrics["policy/skipped_token_fraction"] == 1 and metrics["policy/grad_norm"] == 0
+        assert "sampling/logprob_diff" not in metrics
 
 
 def test_only_one_learner_and_one_generator(run):

@@ -326,9 +326,9 @@ class Learner:
     def _check_generators(self, metrics: StepMetrics) -> None:
         """Of the first step, whose groups were sampled by the very weights that are trained: what differs is how the
         two engines compute them."""
-        difference, limit = metrics["sampling/logprob_diff"], self._config.learner.max_logprob_diff
         if metrics["policy/skipped_token_fraction"] == 1:  # nothing was encoded: there is nothing to compare yet
             return
+        difference, limit = metrics["sampling/logprob_diff"], self._config.learner.max_logprob_diff
         if not difference <= limit:
             raise RunStopped(
                 f"generator and learner differ by {difference:.3g} in the mean log-probability of a token "
