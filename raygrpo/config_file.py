@@ -1,6 +1,7 @@
 """Reading a run's YAML with command-line overrides into a RunConfig, and saying what is wrong with it.
 
-`load_config` is all that others need. What a setting means and which values it takes is config.py's.
+`load_config` is what others need (jobs/ also asks where the paths of evaluation sets stand). What a setting means and
+which values it takes is config.py's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from raygrpo.config import RunConfig
+from raygrpo.eval_config import ONLY_SET
 from raygrpo.section import Section, merge
 
 
@@ -24,7 +26,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Relative paths of model and data are meant from the YAML's directory in the file, from the current directory in an
     override. Raises ValueError with one line for each problem; an unknown key names the nearest known one.
     """
-    path = Path(path)
+    tree = _read_tree(Path(path), overrides or [])
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def eval_source_keys(path: str | Path, overrides: list[str]) -> dict[str, str]:
+    """By evaluation set, the key of its data's source: a single set's settings may stand in `eval` itself."""
+    sets = _mapping(_mapping(_read_tree(Path(path), overrides), "eval"), "sets")
+    return {name: f"eval.sets.{name}.data.source" for name in sets} or {ONLY_SET: "eval.data.source"}
+
+
+def _read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The settings as they are given, paths absolute, before validation."""
     try:
         tree = _parse_yaml(path.read_text())
     except OSError as error:
@@ -39,14 +55,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         tree["algorithm"] = {"preset": tree["algorithm"]}
     _resolve_paths(tree, path.parent)
     overridden: dict[str, Any] = {}
-    for override in overrides or []:
+    for override in overrides:
         _set_override(overridden, override)
     _resolve_paths(overridden, Path.cwd())
-    tree = {"name": path.stem} | merge(tree, overridden)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"{path}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from None
+    return {"name": path.stem} | merge(tree, overridden)
 
 
 class _Loader(yaml.SafeLoader):

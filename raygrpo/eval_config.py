@@ -14,7 +14,7 @@ from raygrpo.task_config import DataConfig, RewardConfig, RewardFunctionConfig, 
 
 ONLY_SET = "held_out"  # name of the set whose settings stand in `eval` itself
 
-SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+SetName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # no dot: in key=value settings it would end the name
 
 
 class EvalSamplingConfig(SamplingConfig):

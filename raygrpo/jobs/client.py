@@ -22,9 +22,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raygrpo.config_file import load_config
+from raygrpo.config_file import eval_source_keys, load_config
 from raygrpo.jobs.driver import RESUME_KEY, job_page, metadata_of
 from raygrpo.jobs.package import Project, find_project, job_overrides, pack
+from raygrpo.tracking import commit_tags
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -74,7 +75,8 @@ def plan(config_path: Path, overrides: list[str], address: str | None, *, resume
     if project.left_behind(config_path.resolve()):
         raise ValueError(f"{config_path} does not travel with the job: git ignores it, or it is in output_dir")
     command = ["raygrpo", "train", os.path.relpath(config_path.resolve(), directory), *overrides]
-    command += job_overrides(config, project, directory) + ["--resume"] * resume
+    command += job_overrides(config, eval_source_keys(config_path, overrides), project, directory)
+    command += ["--resume"] * resume
     entrypoint = shlex.join(command)
     if directory != project.root:
         entrypoint = f"cd {shlex.quote(str(directory.relative_to(project.root)))} && {entrypoint}"
@@ -115,29 +117,37 @@ class RayJobs:
     def submit(self, submission: Submission, on_wait: Callable[[str], None]) -> str:
         """Send it; returns the job's id. Waits, and says so, while the cluster has no agent that takes jobs."""
         job_id = f"raygrpo_{secrets.token_hex(6)}"
-        metadata = metadata_of(self.address, submission.resume_command, submission.probe)
-        submission.write_probe()
-        with self._explained(), tempfile.TemporaryDirectory() as directory:
-            package = Path(directory, "project.zip")
-            pack(submission.project, package)
-            deadline_s = time.monotonic() + AGENT_LIMIT_S
-            while True:
-                try:
-                    return self._client.submit_job(
-                        entrypoint=submission.entrypoint,
-                        submission_id=job_id,
-                        runtime_env={"working_dir": str(package), "env_vars": submission.env_vars},
-                        metadata=metadata,
-                    )
-                except RuntimeError as error:
-                    if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
-                        raise
-                    on_wait("the cluster has no agent that takes jobs yet; trying again")
-                    time.sleep(RETRY_S)
-                except KeyboardInterrupt:
-                    with contextlib.suppress(RuntimeError):  # most likely it has not begun
-                        self._client.stop_job(job_id)
+        try:
+            with self._explained(), tempfile.TemporaryDirectory() as directory:
+                package = Path(directory, "project.zip")
+                pack(submission.project, package)
+                submission.write_probe()
+                return self._submit(job_id, submission, package, on_wait)
+        except BaseException:
+            submission.remove_probe()
+            raise
+
+    def _submit(self, job_id: str, submission: Submission, package: Path, on_wait: Callable[[str], None]) -> str:
+        commit = commit_tags(submission.project.root)
+        metadata = metadata_of(self.address, submission.resume_command, submission.probe, commit)
+        deadline_s = time.monotonic() + AGENT_LIMIT_S
+        while True:
+            try:
+                return self._client.submit_job(
+                    entrypoint=submission.entrypoint,
+                    submission_id=job_id,
+                    runtime_env={"working_dir": str(package), "env_vars": submission.env_vars},
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
                     raise
+                on_wait("the cluster has no agent that takes jobs yet; trying again")
+                time.sleep(RETRY_S)
+            except KeyboardInterrupt:
+                with contextlib.suppress(RuntimeError):  # most likely it has not begun
+                    self._client.stop_job(job_id)
+                raise
 
     def info(self, job_id: str) -> JobDetails:
         with self._explained():

@@ -26,6 +26,7 @@ SHARED_FILE_WAIT_S = 10.0  # network file systems may show a new file late
 
 # Keys of a job's metadata that `raygrpo submit` sets.
 DASHBOARD_KEY, RESUME_KEY, PROBE_KEY = "raygrpo_dashboard", "raygrpo_resume", "raygrpo_probe"
+COMMIT_KEY = "raygrpo_commit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Job:
     dashboard: str | None  # as the submitter reaches it
     resume_command: str | None  # what the submitter would type to continue the run
     probe: str | None  # a file that the submitter wrote into output_dir
+    commit_tags: dict[str, str]  # of the project that was packed: its copy is no repository
 
 
 def current_job() -> Job | None:
@@ -49,6 +51,7 @@ def current_job() -> Job | None:
         dashboard=metadata.get(DASHBOARD_KEY),
         resume_command=metadata.get(RESUME_KEY),
         probe=metadata.get(PROBE_KEY),
+        commit_tags=json.loads(metadata.get(COMMIT_KEY, "{}")),
     )
 
 
@@ -58,13 +61,14 @@ def job_page(dashboard: str, job_id: str) -> str:
 
 
 def identify(dashboard: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """(tags, links) for the run's MLflow page: the job and where Ray shows it. dashboard: host:port as Ray names it."""
+    """(tags, links) for the run's MLflow page: the job, its commit and where Ray shows it. dashboard: host:port as Ray
+    names it."""
     job = current_job()
     address = (job and job.dashboard) or (f"http://{dashboard}" if dashboard else None)
     if job is None:
         return {}, {"Ray dashboard": address} if address else {}
     links = {f"Ray job {job.job_id}": job_page(address, job.job_id)} if address else {}
-    return {"ray.job_id": job.job_id}, links
+    return {"ray.job_id": job.job_id} | job.commit_tags, links
 
 
 def require_lasting_paths(config: RunConfig) -> None:
@@ -173,7 +177,9 @@ def _look(probe: str, model: str | None) -> tuple[bool, bool]:
     return os.path.exists(probe), model is None or os.path.exists(model)
 
 
-def metadata_of(dashboard: str, resume_command: str, probe: str | None) -> dict[str, Any]:
+def metadata_of(
+    dashboard: str, resume_command: str, probe: str | None, commit_tags: dict[str, str] | None = None
+) -> dict[str, Any]:
     """What `raygrpo submit` gives to the job, for `current_job` to find."""
-    metadata = {DASHBOARD_KEY: dashboard, RESUME_KEY: resume_command}
+    metadata = {DASHBOARD_KEY: dashboard, RESUME_KEY: resume_command, COMMIT_KEY: json.dumps(commit_tags or {})}
     return metadata | ({PROBE_KEY: probe} if probe else {})

@@ -72,19 +72,21 @@ def pack(project: Project, target: Path) -> None:
             archive.writestr(entry, path.read_bytes(), compresslevel=1)
 
 
-def job_overrides(config: RunConfig, project: Project, job_directory: Path) -> list[str]:
-    """key=value settings that give the job the run's paths as they are meant here. job_directory: where in the project
-    the job runs.
+def job_overrides(
+    config: RunConfig, eval_source_keys: dict[str, str], project: Project, job_directory: Path
+) -> list[str]:
+    """key=value settings that give the job the run's paths as they are meant here. eval_source_keys: see
+    config_file.py. job_directory: where in the project the job runs.
 
     Raises ValueError for a path in the project that does not travel.
     """
     paths = {"output_dir": str(Path(config.output_dir).expanduser().absolute())}
-    for setting, value in (("model.path", config.model.path), ("data.source", config.data.source)):
+    sets = config.eval.sets if config.eval else {}
+    sources = [("model.path", config.model.path), ("data.source", config.data.source)]
+    sources += [(eval_source_keys[name], each.data.source) for name, each in sets.items()]
+    for setting, value in sources:
         if os.path.isabs(value):
             paths[setting] = _job_path(setting, value, project, job_directory)
-    for name, each in (config.eval.sets if config.eval else {}).items():
-        if os.path.isabs(each.data.source):  # only looked at: the job finds it from the YAML, as here
-            _job_path(f"eval set {name}, data.source", each.data.source, project, job_directory)
     if (config.tracking.uri or "").startswith("sqlite:"):
         paths["tracking.uri"] = resolve_tracking_uri(config)
     # Values are YAML, for which a path may be something else than a text.

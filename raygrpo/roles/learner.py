@@ -28,6 +28,7 @@ from raygrpo.roles.policy import build_policy, export_policy
 from raygrpo.roles.step_report import Facts, StepTimes, combine_facts, facts_of, merge_times
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval
+from raygrpo.tracking.samples import shown_groups
 from raygrpo.types import FENCED, RunStopped, ScoredGroup, StepMetrics
 
 if TYPE_CHECKING:
@@ -283,8 +284,8 @@ class Learner:
             if not self._is_checked:
                 self._check_generators(metrics)
             self._rewards.append(metrics["reward/mean"])
-            if self._rank == 0 and self._config.tracking.shows_samples(step):
-                self._link.log_samples(step, groups, advantages)
+            if self._config.tracking.shows_samples(step):
+                self._show_samples(step, groups, advantages)
             times = StepTimes(
                 wait=(wait_start_s, learn_start_s),
                 learn=(learn_start_s, learn_end_s),
@@ -322,6 +323,15 @@ class Learner:
             with about_group(group.ticket):
                 logger.info("arrived, sampled by version %d of %s", group.policy_version, group.generator)
         return groups
+
+    def _show_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
+        """Of the groups of all ranks, of which only those travel that may be shown."""
+        tracking = self._config.tracking
+        shown = shown_groups(step, groups, tracking.num_samples, tracking.num_traces, self._config.seed)
+        gathered = _gather([(groups[g], advantages[g]) for g in shown])
+        if self._rank == 0:
+            pairs = sorted((pair for share in gathered for pair in share), key=lambda pair: pair[0].group.ticket)
+            self._link.log_samples(step, [group for group, _ in pairs], [each for _, each in pairs])
 
     def _check_generators(self, metrics: StepMetrics) -> None:
         """Of the first step, whose groups were sampled by the very weights that are trained: what differs is how the

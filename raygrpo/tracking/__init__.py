@@ -5,7 +5,8 @@ directory and is delivered when it can. Its callers wait for a line appended to 
 lives in a thread of the Tracker.
 """
 
+from raygrpo.tracking.describe import commit_tags
 from raygrpo.tracking.store import resolve_tracking_uri, ui_command
 from raygrpo.tracking.tracker import Links, Tracker, read_history, replay
 
-__all__ = ["Links", "Tracker", "read_history", "replay", "resolve_tracking_uri", "ui_command"]
+__all__ = ["Links", "Tracker", "commit_tags", "read_history", "replay", "resolve_tracking_uri", "ui_command"]

@@ -43,7 +43,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def provenance_tags() -> dict[str, str]:
-    """Who and what made the run: user, git commit of the working directory, versions of what decides the numbers."""
+    """Who and what made the run: user, versions of what decides the numbers, git commit of the working directory (that
+    of a job is no repository: `raygrpo submit` sends the commit along)."""
     tags = {
         "mlflow.source.name": "raygrpo train",
         "mlflow.source.type": "LOCAL",
@@ -58,11 +59,16 @@ def provenance_tags() -> dict[str, str]:
                 break
             except importlib.metadata.PackageNotFoundError:
                 continue
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-        tags["git.dirty"] = "true" if _git("status", "--porcelain", "--untracked-files=no") else "false"
-    return tags
+    return tags | commit_tags(Path.cwd())
+
+
+def commit_tags(directory: Path) -> dict[str, str]:
+    """The git commit of the directory, and whether tracked files differ from it; empty where there is no repository."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    if not commit:
+        return {}
+    dirty = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return {"mlflow.source.git.commit": commit, "git.dirty": "true" if dirty else "false"}
 
 
 def dataset_facts(data: DataConfig) -> dict[str, str]:
@@ -101,7 +107,7 @@ def description(config: RunConfig, run_dir: Path, links: dict[str, str], resume_
     """The run's note, in Markdown."""
     rewards = ", ".join(f"{function.metric_name} x {function.weight:g}" for function in config.reward.functions)
     lines = [
-        f"GRPO on `{config.model.path}` with `{config.data.source}`: {config.num_steps} steps of "
+        f"GRPO on `{_shown(config.model.path)}` with `{_shown(config.data.source)}`: {config.num_steps} steps of "
         f"{config.groups_per_step} prompts x {config.group_size} completions, rewards: {rewards}, "
         f"max_staleness {config.max_staleness}.",
         "",
@@ -112,9 +118,15 @@ def description(config: RunConfig, run_dir: Path, links: dict[str, str], resume_
     return "\n".join(lines)
 
 
-def _git(*arguments: str) -> str:
+def _shown(path: str) -> str:
+    """Relative where it lies in the working directory, which for a job is a copy with a long name."""
+    return os.path.relpath(path) if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):  # no git, no repository: a run without a commit
         return ""
     return done.stdout.strip()

@@ -288,18 +288,20 @@ class MlflowRun:
         self.client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _describe_data(self) -> None:
+        """Prompts of the training and of each evaluation set, as the run's inputs."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        try:
-            facts = dataset_facts(self.config.data)
-        except OSError as error:  # not ours to stop a run for
-            logger.warning("the data set cannot be described in MLflow: %s", error)
-            return
-        source = json.dumps({"uri": facts["source"]})
-        dataset = Dataset(facts["name"], facts["digest"], facts["kind"], source)
-        self.client.log_inputs(
-            self._id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-        )
+        sets = self.config.eval.sets if self.config.eval else {}
+        used = [("training", self.config.data), *((f"eval {name}", each.data) for name, each in sets.items())]
+        for use, data in used:
+            try:
+                facts = dataset_facts(data)
+            except OSError as error:  # not ours to stop a run for
+                logger.warning("the data set of %s cannot be described in MLflow: %s", use, error)
+                continue
+            dataset = Dataset(facts["name"], facts["digest"], facts["kind"], json.dumps({"uri": facts["source"]}))
+            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])]
+            self.client.log_inputs(self._id, datasets=inputs)
 
     def _deliver_table(self, artifact_file: str, columns: list[str], data: list[list[Any]]) -> None:
         """As MlflowClient.log_table, but that appends to a file that exists: delivered twice, rows would double."""

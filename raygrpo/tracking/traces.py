@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,19 +30,6 @@ if TYPE_CHECKING:
 
 ROOT_ATTRIBUTES = ("step", "ticket", "prompt_id", "num_prompt_tokens", "policy_version", "generator")
 PREVIEW = 1000  # characters of prompt and completion in the list of traces
-
-
-def choose_groups(step: int, groups: list[ScoredGroup], num_traces: int, seed: int) -> list[tuple[str, int]]:
-    """At most `num_traces` of (why, place in `groups`): best group by mean reward, worst, then others at random.
-
-    A group that failed is the worst there is. The draw depends on `seed` and `step` alone.
-    """
-    order = sorted(range(len(groups)), key=lambda g: (_mean_reward(groups[g]), -g))
-    chosen = [("best", order[-1])] if order else []
-    chosen += [("worst", order[0])] if len(order) > 1 else []
-    rest = order[1:-1]
-    chosen += [("random", g) for g in random.Random(f"{seed}/{step}/traces").sample(rest, len(rest))]
-    return chosen[:num_traces]
 
 
 def group_trace(
@@ -251,10 +237,6 @@ def readable(value: float) -> float | None:
 
 def _best(item: Item) -> dict[str, Any]:
     return max(item["rollouts"], key=lambda rollout: rollout["reward"] or 0.0)
-
-
-def _mean_reward(scored: ScoredGroup) -> float:
-    return statistics.fmean(reward.total for reward in scored.rewards) if scored.rewards else float("-inf")
 
 
 def _short(value: float | None) -> str:

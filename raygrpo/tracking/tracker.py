@@ -28,9 +28,9 @@ from raygrpo.tracking.figures import RewardCurve
 from raygrpo.tracking.journal import Journal, Record
 from raygrpo.tracking.machine import MachineMetrics
 from raygrpo.tracking.models import MEAN_REWARD, TimedMetrics, checkpoint_item, policy_item, scores_item
-from raygrpo.tracking.samples import evaluation_table, sample_table
+from raygrpo.tracking.samples import choose_groups, evaluation_table, sample_table
 from raygrpo.tracking.store import MlflowRun, resolve_tracking_uri, run_url, ui_command, without_password
-from raygrpo.tracking.traces import choose_groups, group_trace
+from raygrpo.tracking.traces import group_trace
 from raygrpo.tracking.writer import Writer
 from raygrpo.types import RunInfo, ScoredGroup, StepMetrics
 
@@ -174,7 +174,8 @@ class Tracker:
     def log_samples(self, step: int, groups: list[ScoredGroup], advantages: list[list[float]]) -> None:
         """Show some of the step's rollouts, if it is this step's turn (`tracking.samples_every`).
 
-        advantages: for each group one list with a value per rollout.
+        groups: of all learners, at least those that `shown_groups` names. advantages: for each group one list with a
+        value per rollout.
         """
         tracking = self._config.tracking
         if not tracking.shows_samples(step):

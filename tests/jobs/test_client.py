@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from raygrpo.cli import app
 from raygrpo.console import STEP_LINE, LineWatcher, show_log
-from raygrpo.jobs import client
+from raygrpo.jobs import client, package
 from raygrpo.jobs.client import Lines, RayJobs
 from tests.conftest import TINY_RUN, run_config
 
@@ -117,7 +117,19 @@ def test_a_run_is_sent_with_its_package_and_who_submitted_it(head, run_yaml):
     assert int(request["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 3
     assert request["metadata"]["raygrpo_dashboard"] == head.address
     assert Path(request["metadata"]["raygrpo_probe"]).exists()
+    assert request["metadata"]["raygrpo_commit"] == "{}", "its directory is in no repository"
     assert len(head.packages) == 1 and head.packages[0].startswith(b"PK")
+
+
+def test_a_project_that_cannot_be_sent_leaves_nothing_behind(head, run_yaml, monkeypatch):
+    monkeypatch.setattr(package, "MAX_PACKAGE_BYTES", 1)
+    result = invoke("submit", "run.yaml", "--address", head.address)
+    assert result.exit_code == 1 and "The largest files" in result.stderr and not head.submitted
+    assert not list(run_yaml.parent.glob("runs/.submitted-*"))
+    monkeypatch.setattr(package, "MAX_PACKAGE_BYTES", 2**20)
+    head.answers = [(500, "something else")]
+    assert invoke("submit", "run.yaml", "--address", head.address).exit_code == 1 and not head.answers
+    assert not list(run_yaml.parent.glob("runs/.submitted-*"))
 
 
 def test_a_cluster_that_has_no_agent_yet_is_asked_again(head, run_yaml):

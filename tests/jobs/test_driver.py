@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from raygrpo.jobs import driver
 from raygrpo.jobs.driver import current_job, identify, metadata_of, require_lasting_paths, require_shared_storage
+from raygrpo.tracking import commit_tags
 from tests.conftest import run_config
 
 COPY = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0"
@@ -43,6 +45,21 @@ def test_a_job_is_identified_as_its_submitter_reaches_it(job):
     assert identify("10.0.0.1:8265")[1] == {"Ray job raysubmit_1": "https://ray.example.org/#/jobs/raysubmit_1"}
     found = current_job()
     assert found is not None and found.resume_command == "raygrpo submit x --resume" and found.probe is None
+
+
+def test_a_job_knows_the_commit_of_the_project_that_was_packed(job, tmp_path):
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    (tmp_path / "reward.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    expected = {"ray.job_id": "raysubmit_1", "mlflow.source.git.commit": head.stdout.strip()}
+    job(**metadata_of("http://head", "again", None, commit_tags(tmp_path)))
+    assert identify(None)[0] == expected | {"git.dirty": "false"}
+    (tmp_path / "reward.py").write_text("2")
+    job(**metadata_of("http://head", "again", None, commit_tags(tmp_path)))
+    assert identify(None)[0] == expected | {"git.dirty": "true"}
+    assert commit_tags(tmp_path / "gone") == {}
 
 
 @pytest.mark.parametrize("output_dir", ["runs", "./runs", f"{COPY}/runs"])

@@ -162,6 +162,28 @@ def test_overrides_mean_the_same_from_any_directory(project, tmp_path, monkeypat
     assert config.output_dir == str((project / here / "out").resolve())
 
 
+@pytest.mark.parametrize("here", [".", "tasks", ".."])
+def test_data_of_evaluations_is_found_from_any_directory(project, tmp_path, monkeypatch, here):
+    write(project, {"held.jsonl": ""})
+    write(tmp_path, {"storage/hard.jsonl": ""})
+    (project / "linked").symlink_to(tmp_path / "storage")
+    monkeypatch.chdir(project / here)
+    root = os.path.relpath(project, Path.cwd())
+    single = planned(f"eval.data.source={root}/held.jsonl", "eval.every=5", config=f"{root}/tasks/run.yaml")
+    evaluation = in_the_copy(single, tmp_path / "copy", monkeypatch).eval
+    assert evaluation is not None and evaluation.every == 5
+    assert evaluation.sets["held_out"].data.source == str(tmp_path / "copy/held.jsonl")
+
+    monkeypatch.chdir(project / here)
+    names = {"near": "held.jsonl", "far": "linked/hard.jsonl"}
+    sets = [f"eval.sets.{name}.data.source={root}/{file}" for name, file in names.items()]
+    several = planned(*sets, "eval.every=7", config=f"{root}/tasks/run.yaml")
+    evaluation = in_the_copy(several, tmp_path / "again", monkeypatch).eval
+    assert evaluation is not None and evaluation.every == 7
+    assert evaluation.sets["near"].data.source == str(tmp_path / "again/held.jsonl")
+    assert evaluation.sets["far"].data.source == str(tmp_path / "storage/hard.jsonl"), "it stays where it is"
+
+
 def test_paths_outside_the_project_and_names_stay(project, tmp_path, monkeypatch):
     write(tmp_path, {"models/config.json": ""})
     (project / "linked").symlink_to(tmp_path / "models")
@@ -181,7 +203,7 @@ def test_data_and_models_that_git_ignores_are_refused(project):
         planned("data.source=big.jsonl")
     with pytest.raises(ValueError, match=r"data\.source: .*/big\.jsonl does not travel"):
         planned("data.source=./*.jsonl")
-    with pytest.raises(ValueError, match=r"eval set held_out, data\.source: .*/big\.jsonl does not travel"):
+    with pytest.raises(ValueError, match=r"eval\.data\.source: .*/big\.jsonl does not travel"):
         planned("eval.data.source=big.jsonl")
     with pytest.raises(ValueError, match=r"data\.source: .*/none\.jsonl does not exist"):
         planned("data.source=none.jsonl")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raygrpo.tracking import Tracker
-from raygrpo.tracking.samples import sample_table
-from raygrpo.tracking.traces import choose_groups, group_trace
-from raygrpo.types import Reward
+from raygrpo.tracking.samples import choose_groups, sample_table, shown_groups
+from raygrpo.tracking.traces import group_trace
+from raygrpo.types import Reward, ScoredGroup
 from tests.tracking.conftest import MakeConfig, Store, make_group
 
 WEIGHTS = {"exact_match": 1.0, "format": 0.2}
@@ -105,6 +107,29 @@ def test_traces_show_the_best_the_worst_and_then_others() -> None:
     assert choose_groups(0, groups, 2, seed=0) == [("best", 1), ("worst", 5)]
     assert choose_groups(0, groups[:1], 3, seed=0) == [("best", 0)]
     assert choose_groups(0, [], 3, seed=0) == []
+
+
+@pytest.mark.parametrize("num_learners", [2, 3])
+@pytest.mark.parametrize("num_samples, num_traces", [(1, 0), (3, 1), (2, 4), (100, 9)])
+def test_of_what_each_learner_may_show_the_same_is_chosen_as_of_the_whole_step(
+    num_learners: int, num_samples: int, num_traces: int
+) -> None:
+    for step in range(20):
+        values = random.Random(step).choices([0.0, 0.25, 0.5, 1.0], k=12)  # with ties
+        groups = [make_group(t, [[value, 0.0], [value, 1.0]]) for t, value in enumerate(values)]
+        groups[step % 12] = make_group(step % 12, [], error="engine died")
+        shares = [groups[rank::num_learners] for rank in range(num_learners)]
+        shown = [share[g] for share in shares for g in shown_groups(step, share, num_samples, num_traces, seed=7)]
+        shown.sort(key=lambda scored: scored.group.ticket)
+
+        def chosen(of: list[ScoredGroup], step: int = step) -> tuple[Any, Any]:
+            advantages = [[0.5] * len(scored.rewards) for scored in of]
+            table = sample_table(step, of, advantages, list(WEIGHTS), num_samples, seed=7)
+            return table, [(why, of[g].group.ticket) for why, g in choose_groups(step, of, num_traces, seed=7)]
+
+        assert chosen(shown) == chosen(groups)
+        if (num_samples, num_traces) == (3, 1):
+            assert len(shown) <= num_learners * 5
 
 
 def find_traces(store: Store, links) -> list:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raygrpo.tracking import Tracker, resolve_tracking_uri
-from raygrpo.tracking.describe import dataset_facts, flatten
+from raygrpo.tracking.describe import dataset_facts, description, flatten
 from raygrpo.tracking.figures import RewardCurve, smooth
 from raygrpo.tracking.journal import Record
 from raygrpo.tracking.machine import MachineMetrics
@@ -165,6 +165,23 @@ def test_the_data_set_is_an_input_with_the_digest_of_its_content(configure: Make
     hub = configure(data={"source": "openai/gsm8k", "subset": "main"})
     assert dataset_facts(hub.data)["name"] == "openai/gsm8k main train"
     assert dataset_facts(hub.data) != dataset_facts(configure(data={"source": "openai/gsm8k", "subset": "other"}).data)
+
+
+def test_the_data_of_evaluation_sets_are_inputs_too(configure: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text("1")
+    sets = {"near": {"data": {"source": str(tmp_path / "held.jsonl")}}, "far": {"data": {"source": "hub/other"}}}
+    links = Tracker(configure(eval={"sets": sets}), str(tmp_path / "run")).finish()
+    inputs = Store(links.tracking_uri).client.get_run(links.run_id).inputs.dataset_inputs
+    names = {each.tags[0].value: each.dataset.name for each in inputs}
+    assert names.pop("training") and names == {"eval near": "held.jsonl", "eval far": "hub/other train"}
+
+
+def test_the_description_names_what_lies_in_the_working_directory_by_its_path_in_it(
+    configure: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configure(model={"path": str(tmp_path / "tasks/small")}, data={"source": "/data/rows.jsonl"})
+    assert description(config, tmp_path / "run", {}, None).startswith("GRPO on `tasks/small` with `/data/rows.jsonl`: ")
 
 
 @given(st.text(max_size=400))
