@@ -1,7 +1,7 @@
 """What Ray's autoscaler v2 does with the node types of the shipped files, for what run 8b asks of it.
 
-Its scheduler decides from three things: node types, nodes as they are, and what is asked for. Here it gets the types of a
-file, nodes made up from them, and the requests that a run with labels makes. No Ray is started and no cloud is asked:
+Its scheduler decides from three things: node types, nodes as they are, and what is asked for. Here it gets the types of
+a file, nodes made up from them, and the requests that a run with labels makes. No Ray is started and no cloud is asked:
 how nodes come up and how Ray finds out that one is idle are not tested.
 """
 
@@ -19,9 +19,9 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.schema import AutoscalerInstance
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, NodeState, ResourceRequestByCount
-from ray.core.generated.common_pb2 import LabelSelectorOperator
-from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, NodeState, ResourceRequestByCount  # pyright: ignore
+from ray.core.generated.common_pb2 import LabelSelectorOperator  # pyright: ignore
+from ray.core.generated.instance_manager_pb2 import Instance, NodeKind  # pyright: ignore
 
 from raygrpo.config import RunConfig
 from raygrpo.placement import ROLE_LABEL, Role, roles
@@ -59,7 +59,7 @@ class Nodes:
         node_type = self.types[self.head if role == "head" else role]
         for _ in range(count):
             number = len(self.instances)
-            resources = {"memory": 16e9, "object_store_memory": 8e9} | node_type.resources  # Ray finds out the first two
+            resources = {"memory": 16e9, "object_store_memory": 8e9} | node_type.resources  # Ray measures the first two
             node = NodeState(
                 node_id=f"node-{number}".encode(),
                 instance_id=f"cloud-{number}",
@@ -108,8 +108,8 @@ def request(role: Role, count: int, selector: dict[str, str] | None = None) -> R
 def decide(
     nodes: Nodes, pending: Iterable[ResourceRequestByCount] = (), held: Iterable[ResourceRequestByCount] = ()
 ) -> Decision:
-    """pending: actors and tasks without a place. held: what Ray Train and Ray Data ask the cluster to have room for, all
-    along, whether they use it or not (`request_resources`)."""
+    """pending: actors and tasks without a place. held: what Ray Train and Ray Data ask the cluster to have room for as
+    long as they run, whether they use it or not (`request_resources`)."""
     held = list(held)
     reply = ResourceDemandScheduler().schedule(
         SchedulingRequest(
@@ -157,8 +157,8 @@ def test_generators_that_wait_bring_generator_nodes_and_no_others(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_idle_generators_go_after_the_timeout_down_to_the_least_and_nothing_else_goes(name):
-    """While the gang trains and the stream runs, for which Ray Train and Ray Data ask for room all along: Ray Train with
-    the learners' labels, Ray Data for no more than its pools and without labels."""
+    """While the gang trains and the stream runs, for which Ray Train and Ray Data ask for room as long as they run: Ray
+    Train with the learners' labels, Ray Data for no more than its pools and without labels."""
     learner = run_roles()["learner"]
     held = [request(learner, learner.num_processes), *stream(run_roles()["reward"].num_processes, {})]
     timeout_s = autoscaling_config(name).get_idle_timeout_s()
@@ -188,7 +188,8 @@ def test_a_label_that_no_node_type_has_brings_no_node(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_second_reward_node_comes_when_a_run_asks_for_more_cpus_than_one_has(name):
     """As cluster/README.md says."""
-    least = Nodes(autoscaling_config(name)).add("head", 1).add("learner", 1).add("generator", 4).add("reward", 1, free=True)
+    least = Nodes(autoscaling_config(name)).add("head", 1).add("learner", 1).add("reward", 1, free=True)
+    least.add("generator", least.types["generator"].min_worker_nodes)
     assert run_roles()["reward"].num_processes == 8 and least.types["reward"].resources["CPU"] == 16
     for num_workers, brought in ((8, 0), (15, 0), (16, 1), (31, 1), (32, 2), (1000, 3)):
         assert decide(least, stream(num_workers)).launch == Counter({"reward": brought} if brought else {})

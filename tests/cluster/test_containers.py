@@ -118,5 +118,6 @@ def test_the_heads_image_has_the_programs_that_rays_launcher_calls_there():
 
 
 def test_an_installation_from_source_does_without_the_clouds_clients():
-    [install] = [line for line in (CLUSTER.parent / "Makefile").read_text().splitlines() if "pip install" in line and "-e" in line]
+    makefile = (CLUSTER.parent / "Makefile").read_text()
+    [install] = [line for line in makefile.splitlines() if "pip install" in line and " -e " in line]
     assert "launcher" not in install and "server" not in install
