@@ -5,7 +5,8 @@ set -euo pipefail
 size=$1 name=$2
 shift 2
 runs=${RUNS_DIR:-/runs}
-command=(raygrpo train "$(dirname "$0")/runs/$size.yaml" "name=$name" "output_dir=$runs" "$@")
+# Quoted: a value is YAML, in which 2 and true are no text.
+command=(raygrpo train "$(dirname "$0")/runs/$size.yaml" "name='$name'" "output_dir=$runs" "$@")
 if [ -e "$runs/$name-latest" ]; then
     command+=(--resume)
 fi

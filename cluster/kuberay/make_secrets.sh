@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
-# Makes the secrets that the manifests name, with random values, in the namespace raygrpo; existing ones stay as they are.
-# Options go to kubectl, e.g. --dry-run=client -o yaml to see them.
+# Makes the secrets that the manifests name, with random values, in the namespace raygrpo. Those that exist already stay as
+# they are, so that it can be run again. Options go to `kubectl create`; with --dry-run=client -o yaml it shows all four.
 set -euo pipefail
 
+case " $* " in
+    *" --dry-run"*) existing="" ;;
+    *) existing=$(kubectl get secrets --namespace raygrpo --output name) ;;
+esac
+options=("$@")
+
 secret() { # NAME KEY=VALUE...
-    local name=$1 literals=()
+    local name=$1 arguments=()
     shift
-    for pair in "$@"; do literals+=("--from-literal=$pair"); done
-    kubectl create secret generic "$name" --namespace raygrpo "${literals[@]}" "${options[@]}"
+    if grep -qxF "secret/$name" <<<"$existing"; then
+        echo "secret/$name exists already" >&2
+        return
+    fi
+    for pair in "$@"; do arguments+=("--from-literal=$pair"); done
+    # The ${...+...}: in bash 3.2, which macOS has, an empty array counts as unset.
+    kubectl create secret generic "$name" --namespace raygrpo "${arguments[@]}" ${options[@]+"${options[@]}"}
 }
 
 random() { openssl rand -hex 32; }
 
-options=("$@")
 secret raygrpo-ray-token "auth_token=$(random)"
 secret raygrpo-valkey "password=$(random)"
 secret raygrpo-postgres "password=$(random)"

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from raygrpo.config_file import load_config
 from raygrpo.placement import ROLE_LABEL
 from raygrpo.sizing import GIB, ModelSize, memory, object_store_bytes
 from tests.cluster.fit import Nodes, check_fit, run_of
@@ -98,18 +99,67 @@ def test_nodes_idle_for_longer_than_a_step_and_not_for_hours(name):
     assert 5 <= read(name)["idle_timeout_minutes"] <= 60
 
 
+def stand_in(path: Path, script: str) -> Path:
+    """An executable for a program that is not to run here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def on_host(command: str, home: Path, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
+    """Run a command of a launcher file as on a host with that home directory."""
+    environment = {"HOME": str(home), "RAY_HEAD_IP": "10.0.0.1", "PATH": path}
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_jobs_on_a_host_find_raygrpo(kind, tmp_path):
+    """A job's command has the environment of the Ray that starts it: here one with raygrpo beside it."""
+    (tmp_path / "raygrpo-role").write_text("learner\n")
+    programs = tmp_path / "raygrpo" / ".venv" / "bin"
+    stand_in(programs / "ray", 'echo "$PATH" > ~/path; command -v raygrpo > ~/found')
+    raygrpo = stand_in(programs / "raygrpo", "true")
+    result = on_host(read("on_premise")[f"{kind}_start_ray_commands"][1], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "path").read_text().strip() == f"{programs}:/usr/bin:/bin"
+    assert (tmp_path / "found").read_text().strip() == str(raygrpo)
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+@pytest.mark.parametrize("name", CLOUDS)
+def test_the_images_user_may_write_to_the_shared_file_system(name, mounted, tmp_path):
+    """A new one belongs to root."""
+    config = read(name)
+    stand_in(tmp_path / "bin" / "sudo", 'echo "$@" >> ~/as_root')
+    stand_in(tmp_path / "bin" / "mountpoint", f"exit {0 if mounted else 1}")
+    for command in config["initialization_commands"]:
+        assert on_host(command, tmp_path, f"{tmp_path}/bin:/usr/bin:/bin").returncode == 0
+    done = [line.split() for line in (tmp_path / "as_root").read_text().splitlines()]
+    assert [line[0] for line in done] == ["mkdir", *["mount"] * (not mounted), "chown"]
+    assert done[-1] == ["chown", "1000:1000", "/mnt/raygrpo"] and {line[-1] for line in done} == {"/mnt/raygrpo"}
+    assert "--volume=/mnt/raygrpo:/runs" in config["docker"]["run_options"]
+    for kind in ("cpu", "gpu"):
+        assert "--uid 1000 ray" in (CLUSTER / "containers" / f"{kind}.Containerfile").read_text()
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_machine_has_an_image_that_is_named(name):
+    """Ray has a default for AWS, which is years old."""
+    for node_type in read(name)["available_node_types"].values():
+        node = node_type["node_config"]
+        image = node["ImageId"] if name == "aws" else node["disks"][0]["initializeParams"]["sourceImage"]
+        assert image.isupper() and "DOCKER" in image and "NVIDIA" in image, "what is in capitals is to be replaced"
+        assert image in (CLUSTER / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("role", "joins"), [("generator", True), (None, False)])
 def test_a_host_joins_with_the_role_in_its_file_and_not_without_one(role, joins, tmp_path):
     """The worker's command as it stands, with a `ray` that writes down what it was told."""
-    fake = tmp_path / "raygrpo" / ".venv" / "bin" / "ray"
-    fake.parent.mkdir(parents=True)
-    fake.write_text('#!/bin/sh\necho "$RAY_AUTH_MODE $@" > ~/told\n')
-    fake.chmod(0o755)
+    stand_in(tmp_path / "raygrpo" / ".venv" / "bin" / "ray", 'echo "$RAY_AUTH_MODE $@" > ~/told')
     if role is not None:
         (tmp_path / "raygrpo-role").write_text(role + "\n")
-    command = read("on_premise")["worker_start_ray_commands"][1]
-    environment = {"HOME": str(tmp_path), "RAY_HEAD_IP": "10.0.0.1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    result = on_host(read("on_premise")["worker_start_ray_commands"][1], tmp_path)
     assert (result.returncode == 0) is joins
     told = Path(tmp_path, "told")
     assert told.exists() is joins
@@ -121,16 +171,25 @@ def test_a_host_joins_with_the_role_in_its_file_and_not_without_one(role, joins,
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_job_goes_on_with_a_run_that_was_begun(begun, tmp_path):
-    fake = tmp_path / "raygrpo"
-    fake.write_text('#!/bin/sh\necho "$@"\n')
-    fake.chmod(0o755)
     if begun:
         (tmp_path / "first-latest").mkdir()
-    command = [CLUSTER / "run_or_resume.sh", "8b", "first", "seed=1"]
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RUNS_DIR": str(tmp_path)}
+    told = ["train", str(CLUSTER / "runs" / "8b.yaml"), "name='first'", f"output_dir={tmp_path}", "seed=1"]
+    assert run_or_resume(tmp_path, "8b", "first", "seed=1") == told + ["--resume"] * begun
+
+
+def run_or_resume(directory: Path, *arguments: str) -> list[str]:
+    """What the script calls raygrpo with."""
+    stand_in(directory / "raygrpo", 'for argument in "$@"; do echo "$argument"; done')
+    command = [CLUSTER / "run_or_resume.sh", *arguments]
+    environment = {"PATH": f"{directory}:/usr/bin:/bin", "RUNS_DIR": str(directory)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    told = ["train", str(CLUSTER / "runs" / "8b.yaml"), "name=first", f"output_dir={tmp_path}", "seed=1"]
-    assert result.stdout.split() == told + ["--resume"] * begun
+    return result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["first", "2", "1e3", "true", "null", "2026-11-26", "0x10"])
+def test_any_name_of_a_job_is_text(name, tmp_path):
+    _, path, *overrides = run_or_resume(tmp_path, "1.5b", name)
+    assert load_config(Path(path), overrides).name == name
 
 
 @pytest.mark.parametrize("size", SIZES)

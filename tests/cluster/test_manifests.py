@@ -7,6 +7,7 @@ kinds are held against the schemas that the package kubernetes-validate ships, R
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -150,9 +151,11 @@ def test_ray_is_shut_to_the_world(name):
     assert {service["spec"].get("type", "ClusterIP") for service in services} == {"ClusterIP"}
     [policy] = [document for document in render(name) if document["kind"] == "NetworkPolicy"]
     assert policy["spec"]["podSelector"] == {}, "all pods"
-    inside, operator = policy["spec"]["ingress"]
+    inside, operator, monitoring = policy["spec"]["ingress"]
     assert inside == {"from": [{"podSelector": {}}]}
     assert operator["ports"] == [{"port": 8265}]
+    assert monitoring["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert monitoring["ports"] == [{"port": 8080}]
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -173,18 +176,32 @@ def test_secrets_services_and_claims_that_are_named_exist(name):
     assert {claim["claimName"] for claim in values_of(documents, "persistentVolumeClaim")} == claims
 
 
-def test_secrets_are_random_and_made_in_the_namespace():
-    script = [CLUSTER / "kuberay" / "make_secrets.sh", "--dry-run=client", "-o", "json"]
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl makes secrets")
-    outputs = [subprocess.run(script, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    assert outputs[0] != outputs[1]
-    decoder, text, secrets = json.JSONDecoder(), outputs[0].lstrip(), []
-    while text:
-        secret, end = decoder.raw_decode(text)
-        secrets.append(secret)
-        text = text[end:].lstrip()
-    assert len(secrets) == 4 and {secret["metadata"]["namespace"] for secret in secrets} == {"raygrpo"}
+MONITOR_FIELDS = {"selector", "namespaceSelector", "podMetricsEndpoints", "jobLabel", "podTargetLabels", "sampleLimit"}
+ENDPOINT_FIELDS = {"port", "path", "scheme", "interval", "scrapeTimeout", "relabelings", "metricRelabelings"}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_prometheus_operator_finds_the_metrics_of_every_ray_pod(name, tmp_path):
+    """With the component, as its comment says to add it. The base does without a kind that may be unknown."""
+    assert "PodMonitor" not in {document["kind"] for document in render(name)}
+    for group in groups(name).values():
+        ports = {port["name"]: port["containerPort"] for port in group["template"]["spec"]["containers"][0]["ports"]}
+        assert ports["metrics"] == 8080
+    directory = CLUSTER / "kuberay"
+    paths = {key: os.path.relpath(directory / path, tmp_path) for key, path in (("of", name), ("add", "monitoring"))}
+    (tmp_path / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [{paths['of']}]\ncomponents: [{paths['add']}]\n"
+    )
+    with_monitor = render(str(tmp_path))
+    [monitor] = [document for document in with_monitor if document["kind"] == "PodMonitor"]
+    assert [document for document in with_monitor if document is not monitor] == render(name)
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert monitor["metadata"]["namespace"] == "raygrpo" and set(monitor["spec"]) <= MONITOR_FIELDS
+    [pods] = monitor["spec"]["selector"]["matchExpressions"]
+    assert pods == {"key": "ray.io/node-type", "operator": "In", "values": ["head", "worker"]}
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert set(endpoint) <= ENDPOINT_FIELDS and endpoint["port"] == "metrics"
 
 
 def test_versions_are_those_of_the_project(name="overlays/8b"):
