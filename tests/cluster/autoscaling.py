@@ -68,11 +68,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def autoscaling_cluster(directory: Path, *, max_workers: int) -> Iterator[AutoscalingCluster]:
+def autoscaling_cluster(directory: Path, *, max_workers: int, version: int) -> Iterator[AutoscalingCluster]:
     """The head of cluster/fake_multinode.yaml on ports of its own, with up to max_workers nodes beside it, and nothing
     left of them at the end.
 
-    directory: empty, with a short name: sockets lie in it.
+    version: of Ray's autoscaler. directory: empty, with a short name: sockets lie in it.
     """
     # Ray takes 127.0.0.1 in an address for the machine's own, which a head that listens there does not answer.
     address = f"{get_node_ip_address()}:{free_port()}"
@@ -90,13 +90,13 @@ def autoscaling_cluster(directory: Path, *, max_workers: int) -> Iterator[Autosc
         "AUTOSCALER_METRIC_PORT": str(free_port()),
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head_id,  # the provider knows its nodes by these
         "RAY_CLOUD_INSTANCE_ID": head_id,
-        "RAY_enable_autoscaler_v2": "0",  # see cluster/fake_multinode.yaml
+        "RAY_enable_autoscaler_v2": str(int(version == 2)),
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
     command += [f"--temp-dir={directory}", f"--autoscaling-config={directory}/autoscaling.yaml"]
     command += [f"--num-cpus={config['available_node_types']['ray.head.default']['resources']['CPU']}"]
-    command += ["--object-store-memory=200000000", f"--ray-client-server-port={free_port()}"]
+    command += ["--labels=raygrpo-role=learner", "--object-store-memory=200000000", f"--ray-client-server-port={free_port()}"]
     command += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
     log = directory / "head.log"
     with open(log, "w") as stream:
