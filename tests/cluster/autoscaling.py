@@ -96,7 +96,8 @@ def autoscaling_cluster(directory: Path, *, max_workers: int, version: int) -> I
     command += [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
     command += [f"--temp-dir={directory}", f"--autoscaling-config={directory}/autoscaling.yaml"]
     command += [f"--num-cpus={config['available_node_types']['ray.head.default']['resources']['CPU']}"]
-    command += ["--labels=raygrpo-role=learner", "--object-store-memory=200000000", f"--ray-client-server-port={free_port()}"]
+    command += ["--labels=raygrpo-role=learner", "--object-store-memory=200000000"]
+    command += [f"--ray-client-server-port={free_port()}"]
     command += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
     log = directory / "head.log"
     with open(log, "w") as stream:
