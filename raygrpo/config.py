@@ -64,7 +64,7 @@ class GeneratorConfig(Section):
     scale_down_after_s: PositiveFloat = 120.0
     """A growing pool loses a generator that was not needed for this long."""
     group_timeout_s: PositiveFloat = 1800.0
-    """A generator that holds a group for longer has hung: it is restarted, and its groups go to others."""
+    """A generator whose engine has a group for longer has hung: it is restarted, and its groups go to others."""
     sampling: SamplingConfig = SamplingConfig()
     max_groups: PositiveInt = 32
     """Groups that one generator samples at a time; further ones wait."""

@@ -89,6 +89,7 @@ class GeneratorLauncher:
         settings = self.config.generator
         actor = ray.remote(Generator).options(
             name=f"{self.run.name}-{name}",
+            get_if_exists=True,  # a controller that was restarted may ask for one that its predecessor had launched
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
             label_selector=settings.label_selector,

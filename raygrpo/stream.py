@@ -23,6 +23,7 @@ import ctypes
 import gc
 import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,9 @@ from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
 from raygrpo.logs import about_group, open_log
 from raygrpo.rewards import Scorer
+from raygrpo.roles.claims import Claim, Release
 from raygrpo.types import (
+    NeverBegunError,
     RolloutGroup,
     RunInfo,
     ScoredGroup,
@@ -53,8 +56,6 @@ from raygrpo.types import (
 if TYPE_CHECKING:
     import ray.train
     from ray.actor import ActorHandle
-
-    from raygrpo.roles.claims import Claim
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ SCORED_GROUP_SCHEMA = pa.schema(
 # the process would grow by every group of the run. What lies in the object store is freed.
 RETURNS_IN_STORE = {"env_vars": {"RAY_max_direct_call_object_size": "1000"}}
 POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.7  # of Ray Data's loop: see AdaptivePoll
+ANSWER_LIMIT_S = 10.0  # for a generator to say how it is
 CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
 
@@ -137,7 +139,7 @@ class _Call:
 
     row: int
     claim: Claim
-    deadline_s: float  # time.monotonic()
+    deadline_s: float  # time.monotonic(): when to ask the generator whether it hangs
 
 
 class RolloutStage:
@@ -157,27 +159,35 @@ class RolloutStage:
         """The rows' groups, which generators sample at the same time. One that fails goes to another generator until
         one answers; the claim of a ticket always gives the same prompt and seeds."""
         groups: dict[int, RolloutGroup] = {}
-        calls = self._begin(rows, replacement, groups)
-        while calls:
+        calls: dict[ray.ObjectRef, _Call] = {}
+        claims = {self._controller.claim_block.remote(self._stream, rows, replacement): rows}
+        while claims or calls:
             releases, again = [], []
-            for ref in _finished_or_late(calls):
+            for ref in _finished_or_late(calls, list(claims)):
+                if ref in claims:
+                    calls |= self._call(claims.pop(ref), ray.get(ref), groups)
+                    continue
                 call = calls.pop(ref)
-                group, failure, restart, begun = _answer(ref, call.claim)
-                releases.append((call.claim.ticket, call.claim.generator_name, failure, restart, begun))
-                _log_answer(call.claim, group, failure)
+                group, release = _answer(ref, call.claim)
+                releases.append(release)
+                _log_answer(call.claim, group, release.failure)
                 if group is None:
                     again.append(call.row)
                 else:
                     groups[call.row] = replace(group, replacement=replacement)
-            self._controller.release_block.remote(self._stream, releases)
-            if again:
-                calls |= self._begin(again, replacement, groups)
+            if releases:
+                released = self._controller.release_block.remote(self._stream, releases)
+                if again:  # the controller must know what failed; Ray does not keep the order of an actor's calls
+                    ray.get(released)
+            # Each for itself, and beside the calls: one may have to wait until others have come back.
+            claims |= {self._controller.claim_block.remote(self._stream, [row], replacement): [row] for row in again}
         return [groups[row] for row in rows]
 
-    def _begin(self, rows: list[int], replacement: int, groups: dict[int, RolloutGroup]) -> dict[ray.ObjectRef, _Call]:
-        """Claim the rows and call their generators. A row that gets none becomes a group with an error."""
+    def _call(
+        self, rows: list[int], claims: list[Claim], groups: dict[int, RolloutGroup]
+    ) -> dict[ray.ObjectRef, _Call]:
+        """Call the rows' generators. A row that gets none becomes a group with an error."""
         calls = {}
-        claims: list[Claim] = ray.get(self._controller.claim_block.remote(self._stream, rows, replacement))
         for row, claim in zip(rows, claims, strict=True):
             if claim.generator is None:
                 groups[row] = _failed_group(claim, claim.error)
@@ -188,34 +198,62 @@ class RolloutStage:
         return calls
 
 
-def _finished_or_late(calls: dict[ray.ObjectRef, _Call]) -> list[ray.ObjectRef]:
+def _finished_or_late(calls: dict[ray.ObjectRef, _Call], claims: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
     """Wait until there is one; then all of them."""
-    refs = list(calls)
+    refs = [*calls, *claims]
     while True:
-        patience_s = min(call.deadline_s for call in calls.values()) - time.monotonic()
-        ray.wait(refs, num_returns=1, timeout=max(0.0, patience_s))
+        patience_s = min((call.deadline_s - time.monotonic() for call in calls.values()), default=None)
+        ray.wait(refs, num_returns=1, timeout=None if patience_s is None else max(0.0, patience_s))
         finished, running = ray.wait(refs, num_returns=len(refs), timeout=0)
         now_s = time.monotonic()
-        if ready := finished + [ref for ref in running if calls[ref].deadline_s <= now_s]:
+        late = [ref for ref in running if ref in calls and calls[ref].deadline_s <= now_s]
+        if ready := finished + _hanging(calls, late):
             return ready
 
 
-def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, str | None, bool, bool]:
-    """(group, failure, restart, begun): the generator's group, or why it has none, whether it must be restarted, and
-    whether it can have failed because of the group."""
+def _hanging(calls: dict[ray.ObjectRef, _Call], late: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+    """Those of the late calls whose generator does not answer, or has had the group, or another that this one waits
+    for, in its engine for too long. The others get a later deadline: they were waiting for a place in the engine."""
+    questions = {}
+    for ref in late:
+        claim = calls[ref].claim
+        ask = claim.generator.seconds_in_engine  # type: ignore[union-attr]
+        questions[ask.remote(claim.ticket, is_evaluation=claim.sampling is not None)] = ref
+    if questions:
+        ray.wait(list(questions), num_returns=len(questions), timeout=ANSWER_LIMIT_S)
+    hanging = []
+    for question, ref in questions.items():
+        call = calls[ref]
+        try:
+            in_engine_s: Any = ray.get(question, timeout=0)
+            remaining_s = call.claim.timeout_s - in_engine_s
+        except ray.exceptions.RayError:
+            remaining_s = 0.0
+        if remaining_s > 0:
+            calls[ref] = replace(call, deadline_s=time.monotonic() + remaining_s)
+        else:
+            hanging.append(ref)
+    return hanging
+
+
+def _answer(ref: ray.ObjectRef, claim: Claim) -> tuple[RolloutGroup | None, Release]:
+    """The generator's group, or None where it has none, and what the controller is to know."""
+    release = Release(ticket=claim.ticket, generator_name=claim.generator_name)
     try:
         group: RolloutGroup = ray.get(ref, timeout=0)
     except ray.exceptions.GetTimeoutError:
-        return None, f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)", True, True
+        failure = f"no answer within {claim.timeout_s:g} s (generator.group_timeout_s)"
+        return None, replace(release, failure=failure, restart=True)
     except ValueError as error:  # this request cannot be served, by no generator
-        return _failed_group(claim, str(getattr(error, "cause", error))), None, False, True  # Ray adds the traceback
+        return _failed_group(claim, str(getattr(error, "cause", error))), release  # Ray adds the traceback
     except (ray.exceptions.RayError, TimeoutError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
-        return None, reason, False, not isinstance(error, TimeoutError)  # it waited for a version in vain
+        failure = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
+        is_innocent = isinstance(error, (NeverBegunError, TimeoutError))  # TimeoutError: waited for a version in vain
+        return None, replace(release, failure=failure, begun=not is_innocent)
     flaw = group.flaw(ticket=claim.ticket, num_completions=len(claim.seeds), min_version=claim.min_version)
     if flaw:
-        return None, f"what it returned is no group: {flaw}", True, True
-    return group, None, False, True
+        return None, replace(release, failure=f"what it returned is no group: {flaw}", restart=True)
+    return group, release
 
 
 def _log_answer(claim: Claim, group: RolloutGroup | None, failure: str | None) -> None:
@@ -272,13 +310,16 @@ class DynamicSamplingStage:
         groups_in_flight: int,
         config: RewardConfig,
         import_paths: list[str],
+        num_scorers: int,
         max_replacements: int,
         run: RunInfo | None = None,
     ):
+        """groups_in_flight: that wait for generators at once; of these num_scorers score at a time."""
         self._rollouts = RolloutStage(controller, stream, run)
         self._threads = ThreadPoolExecutor(groups_in_flight)
-        self._scorer = Scorer(config, import_paths)
-        self._scoring = threading.Lock()  # many tickets wait for generators at once; one scores
+        self._scorers: queue.SimpleQueue[Scorer] = queue.SimpleQueue()
+        for _ in range(num_scorers):
+            self._scorers.put(Scorer(config, import_paths))
         self._max_replacements = max_replacements
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -287,8 +328,11 @@ class DynamicSamplingStage:
     def _sample(self, row: int) -> ScoredGroup:
         for replacement in range(self._max_replacements + 1):
             [group] = self._rollouts.roll_out([row], replacement)
-            with self._scoring:
-                scored = _score(self._scorer, group)
+            scorer = self._scorers.get()
+            try:
+                scored = _score(scorer, group)
+            finally:
+                self._scorers.put(scorer)
             if not zero_spread(scored.totals):
                 break
         return scored
@@ -334,7 +378,9 @@ def segment_dataset(
     tickets = ray.data.from_blocks([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
     stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
-        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements, run)
+        num_scorers = math.ceil(reward.num_workers / num_proxies)
+        in_flight = calls * groups_per_block
+        arguments = (controller, stream, in_flight, reward, import_paths, num_scorers, max_replacements, run)
         return tickets.map_batches(
             DynamicSamplingStage, fn_constructor_args=arguments, runtime_env=RETURNS_IN_STORE, **waiting
         )

@@ -30,6 +30,10 @@ class TransferError(RuntimeError):
     """Weights did not arrive, and nothing was changed: the same transfer may be tried again."""
 
 
+class NeverBegunError(RuntimeError):
+    """The engine failed before it was given this group."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
     """Which run a role works for: what it says and measures (logs.py, gauges.py) bears its name."""

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from raygrpo.gauges import FAULT_KINDS, FIGURES, GENERATORS, OF_A_STEP, STAGES, Gauges
+from raygrpo.roles.claims import Release
 from raygrpo.roles.controller import RolloutController
 from raygrpo.types import RunInfo
 from tests.chaos import GROUPS_PER_STEP, record, started, write_task
@@ -227,9 +228,10 @@ def test_what_prometheus_gets_of_the_controller_is_its_status(ray_session, metri
     ray_session.get(controller.publish.remote(3, [ray_session.put({"version": 3})]))
     ray_session.get(controller.begin_segment.remote("segment", 0))
     [_, *taken] = [ray_session.get(controller.claim.remote(stream, row)) for row in range(6)]
-    ray_session.get(controller.release.remote(stream, 0, "a", None))
+    ray_session.get(controller.release_block.remote(stream, [Release(ticket=0, generator_name="a")]))
     ray_session.kill(generators["a"])  # for good
-    ray_session.get(controller.release.remote(stream, taken[2].ticket, taken[2].generator_name, "it died"))
+    died = Release(ticket=taken[2].ticket, generator_name=taken[2].generator_name, failure="it died")
+    ray_session.get(controller.release_block.remote(stream, [died]))
     waiting = [controller.claim.remote(stream, row) for row in (20, 21, 22)]
     names = {
         "ray_raygrpo_version": lambda status: {(): status.version},

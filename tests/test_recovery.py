@@ -76,6 +76,8 @@ def evaluations(config: Path, name: str) -> dict[int, dict[str, float]]:
 def test_processes_evaluations_and_deaths_do_not_change_a_bit(alone, spread):
     check(spread, 0, alone)
     assert spread.steps[NUM_STEPS - 1]["run/attempt"] == 2, "the learner was restarted"
+    died = {metrics["run/attempt"] for metrics in spread.steps.values() if metrics["faults/generator_failures"]}
+    assert died == {1}, "the generator was killed before, and is not counted again"
 
 
 def test_steps_and_resumed_steps_are_the_steps_of_one_run(config, alone, spread):

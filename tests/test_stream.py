@@ -6,14 +6,16 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raygrpo.config import RewardConfig
+from raygrpo.config import GeneratorConfig, RewardConfig
 from raygrpo.data import prompt_index, sample_seed
+from raygrpo.roles.claims import MAX_ATTEMPTS, MAX_SHARED_FAILURES
 from raygrpo.roles.controller import RolloutController
 from raygrpo.types import ScoredGroup
 from tests.fake_generator import FakeGenerator, Script
@@ -59,7 +61,11 @@ def stream(ray_session):
         max_replacements: int = 0,
         groups_per_block: int = 1,
         learn_s: float = 0.1,
+        reward: RewardConfig = REWARD,
+        import_paths: Sequence[str] = (),
+        **settings: Any,
     ) -> Streamed:
+        """settings: of the generators."""
         actor = ray.remote(FakeGenerator).options(
             num_cpus=0.01, max_restarts=-1, max_task_retries=0, max_concurrency=100
         )
@@ -71,14 +77,15 @@ def stream(ray_session):
             groups_per_step=groups_per_step,
             group_size=GROUP_SIZE,
             max_staleness=max_staleness,
+            settings=GeneratorConfig(**settings),
         )  # fmt: skip
         actors.extend([*generators.values(), controller])
         dataset = segment_dataset(
             "segment",
             num_steps * groups_per_step,
             controller,
-            REWARD,
-            [],
+            reward,
+            list(import_paths),
             groups_in_flight=(max_staleness + 1) * groups_per_step,
             max_replacements=max_replacements,
             groups_per_block=groups_per_block,
@@ -225,7 +232,7 @@ def test_the_groups_of_a_generator_that_dies_go_to_others_and_it_comes_back(stre
     streamed = stream(script, num_steps=6, learn_s=1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "9"}
     assert not any(scored.group.error for scored in streamed.groups)
-    assert streamed.reports[-1].generator_failures >= 2
+    assert sum(report.generator_failures for report in streamed.reports) >= 2
     assert any("is back, with version" in warning for warning in streamed.warnings)
     assert any("ticket 1 failed on" in warning for warning in streamed.warnings)
     assert streamed.reports[-1].num_generators == 2, "both serve again"
@@ -236,7 +243,7 @@ def test_a_group_with_too_few_completions_is_sampled_anew_and_its_generator_rest
     streamed = stream(script, num_steps=4, learn_s=1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "6"}
     assert all(len(scored.group.rollouts) == GROUP_SIZE for scored in streamed.groups)
-    assert streamed.reports[-1].generator_failures == 2
+    assert sum(report.generator_failures for report in streamed.reports) == 2
     for ticket in (1, 6):
         flaw = "what it returned is no group: it has 3 of 4 completions"
         assert any(f"ticket {ticket} failed on" in text and flaw in text for text in streamed.warnings)
@@ -250,6 +257,27 @@ def test_a_group_that_failed_does_not_wait_for_the_others_of_its_block(stream, t
     assert not straggler.error
     assert all(group.generator == straggler.generator for group in others), "all ended where nothing had died"
     assert all(group.generate_end_s < straggler.generate_end_s for group in others)
+
+
+def test_groups_may_wait_in_a_generator_for_longer_than_one_may_take(stream, tmp_path):
+    """And one that hangs is found all the same, by the groups that wait behind the one it hangs in as well."""
+    script = Script(at_a_time=1, hang=frozenset({2}), marks=str(tmp_path), seconds=dict.fromkeys(range(8), 0.4))
+    streamed = stream(script, num_generators=1, num_steps=1, groups_per_step=8, group_timeout_s=1.0)
+    assert not any(scored.group.error for scored in streamed.groups)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    assert sum(report.generator_failures for report in streamed.reports) == 1
+    assert any("ticket 2 failed on g0" in text and "no answer within 1 s" in text for text in streamed.warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups_per_block", [1, 4])
+def test_a_prompt_that_kills_every_engine_costs_its_own_group_alone(stream, tmp_path, groups_per_block):
+    """The only generator samples all groups of a step at once, and dies with them."""
+    script = Script(kill=frozenset({1}), marks=str(tmp_path), seconds={0: 0.3, 2: 0.3, 3: 0.3})
+    streamed = stream(script, num_generators=1, groups_per_block=groups_per_block)
+    failed = {scored.group.ticket: scored.group.error for scored in streamed.groups if scored.group.error}
+    assert list(failed) == [1] and failed[1].startswith("3 generators failed with it alone")
+    assert len(list(tmp_path.iterdir())) == MAX_SHARED_FAILURES + MAX_ATTEMPTS
 
 
 def test_the_only_generator_may_die_too(stream, tmp_path):
@@ -286,6 +314,16 @@ def test_dynamic_sampling_replaces_prompts_without_spread_reproducibly_and_withi
     assert seen[0] == seen[1]
     replacements = {replacement for _, replacement, _ in seen[0]}
     assert replacements == {0, 1, 2}
+
+
+def test_with_dynamic_sampling_as_many_groups_are_scored_at_once_as_there_are_workers(stream, tmp_path):
+    (tmp_path / "slow_task.py").write_text(
+        "import time\n\ndef slow(completion, answer):\n    time.sleep(0.1)\n    return float(completion == answer)\n"
+    )
+    reward = RewardConfig(functions=[{"use": "slow_task:slow", "weight": 2.0}], num_workers=2)
+    streamed = stream(Script(), max_replacements=1, num_steps=1, reward=reward, import_paths=[str(tmp_path)])
+    scored = [(scored.score_start_s, scored.score_end_s) for scored in streamed.groups]
+    assert max(sum(start_s <= at_s < end_s for start_s, end_s in scored) for at_s, _ in scored) == 2
 
 
 def test_an_execution_finds_nothing_of_the_one_before_it():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA, DataReport, PromptSet
+from raygrpo.roles.claims import Release
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.generator import WeightsAck
 from raygrpo.types import Prompt, Rollout, RolloutGroup
@@ -119,7 +120,7 @@ class Claimer:
             ray.wait(calls, num_returns=1)
             done, calls = ray.wait(calls, num_returns=len(calls), timeout=0)
             for claims in ray.get(done):
-                releases = [(claim.ticket, claim.generator_name, None, False) for claim in claims]
+                releases = [Release(ticket=claim.ticket, generator_name=claim.generator_name) for claim in claims]
                 controller.release_block.remote(stream, releases)
 
 

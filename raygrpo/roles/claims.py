@@ -1,6 +1,12 @@
 """Claims: what a ticket (or a row of an evaluation) is worth, those that are out, and what went wrong with them.
 
 The controller hands them out; the rollout stage (stream.py) has them served.
+
+Whose fault a failure is. A generator that dies takes all its groups with it, and nobody knows which of them it died of.
+So a group that failed goes to a generator again, beside others as before: most deaths have nothing to do with what was
+sampled. One that failed MAX_SHARED_FAILURES times in company is sampled with nothing beside it from then on, and only
+what fails then counts against it: after MAX_ATTEMPTS of these it is given up. So no group is given up for what another
+one does, and one that kills every engine does so at most MAX_SHARED_FAILURES + MAX_ATTEMPTS times.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 AT_THE_GATE, WITHOUT_GENERATOR = "at the gate", "for a healthy generator"
+MAX_SHARED_FAILURES = 2  # of generators with one ticket's group and others; then it gets one for itself
+MAX_ATTEMPTS = 3  # generators that may fail with one ticket's group alone before it is emitted with an error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +33,7 @@ class Claim:
     ticket: int
     prompt: Prompt
     seeds: list[int]  # one for each completion
+    replacement: int = 0  # which of the ticket's prompts this is: dynamic sampling
     min_version: int
     sampling: SamplingConfig | None = None  # of an evaluation
     generator: ActorHandle | None  # None: given up, or fenced; `error` says why
@@ -42,11 +51,24 @@ class PendingClaim:
     where: str  # the generator's name, AT_THE_GATE or WITHOUT_GENERATOR
     since_s: float  # time.monotonic()
     node: str = ""  # of the generator
+    is_alone: bool = False  # at the generator, which gets nothing else meanwhile
+    replacement: int = 0
     is_evaluation: bool = False
 
     @property
     def what(self) -> str:
         return f"row {self.ticket} of the evaluation" if self.is_evaluation else f"ticket {self.ticket}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """A claimed ticket came back from its generator: with a group, or because the generator failed."""
+
+    ticket: int
+    generator_name: str
+    failure: str | None = None
+    restart: bool = False  # the generator may live, but must not be trusted: it hangs, or returns garbage
+    begun: bool = True  # False where it cannot have failed because of the group
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +77,32 @@ class Failure:
 
     reason: str
     node: str  # of the generator; "" where it is not known
+    was_alone: bool
 
 
 @dataclass(slots=True)
 class Ledger:
-    """What is known of a stream's claims, by ticket."""
+    """What is known of a stream's claims."""
 
-    claims: dict[int, PendingClaim] = field(default_factory=dict)
-    failures: dict[int, list[Failure]] = field(default_factory=dict)  # so far
+    claims: dict[int, PendingClaim] = field(default_factory=dict)  # by ticket
+    failures: dict[tuple[int, int], list[Failure]] = field(default_factory=dict)  # so far, by ticket and replacement
+
+    def note_failure(self, pending: PendingClaim, reason: str) -> None:
+        failure = Failure(f"{pending.where}: {reason}", pending.node, pending.is_alone)
+        self.failures.setdefault((pending.ticket, pending.replacement), []).append(failure)
+
+
+def goes_alone(failures: list[Failure]) -> bool:
+    """Whether the group that met these may be what generators die of."""
+    return len(failures) >= MAX_SHARED_FAILURES
+
+
+def why_given_up(failures: list[Failure]) -> str:
+    """Why no generator gets the group that met these any more; "" where one does."""
+    failures = [failure for failure in failures if failure.was_alone]
+    if len(failures) < MAX_ATTEMPTS or len(of_living_nodes(failures)) < MAX_ATTEMPTS:
+        return ""
+    return f"{len(failures)} generators failed with it alone: " + "; ".join(f.reason for f in failures)
 
 
 def by_state(claims: Iterable[PendingClaim]) -> dict[str, int]:

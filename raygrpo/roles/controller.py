@@ -38,20 +38,22 @@ from raygrpo.eval_config import EvalConfig
 from raygrpo.evaluation import Evaluation
 from raygrpo.gauges import CLAIMS, GATE, GENERATOR_FAILURES, GENERATORS, PERIOD_S, VERSION, Gauges
 from raygrpo.logs import about_group, always, open_log
+from raygrpo.roles.background import keep_running
 from raygrpo.roles.claims import (
     AT_THE_GATE,
     WITHOUT_GENERATOR,
     Claim,
-    Failure,
     Ledger,
     PendingClaim,
+    Release,
     by_state,
     fenced,
-    of_living_nodes,
+    goes_alone,
+    why_given_up,
 )
-from raygrpo.roles.demand import Complaint, Unplaced
+from raygrpo.roles.demand import Unplaced, look_again_and_again
 from raygrpo.roles.evaluation_turns import EvaluationTurns
-from raygrpo.roles.generator_pool import GeneratorPool, last_line
+from raygrpo.roles.generator_pool import GeneratorPool
 from raygrpo.roles.reports import ControllerStatus, PublishReport
 from raygrpo.roles.watchdog import Watchdog, stall_report, write_report
 from raygrpo.types import GroupRequest, RunInfo
@@ -62,9 +64,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # generators that may fail with one ticket's group before it is emitted with an error
 RESIZE_PERIOD_S = 1.0
-ROOM_PERIOD_S = 5.0  # between looks for what Ray has no machine for
 
 
 class RolloutController:
@@ -149,7 +149,7 @@ class RolloutController:
         self._start_background()
         await self._is_set_up.wait()
         if _was_restarted():
-            at_least = max(at_least, await self._attempt_of_generators() + 1)
+            at_least = max(at_least, await self._pool.newest_attempt() + 1)
         is_again = self._attempt > 0
         self._attempt = max(self._attempt + 1, at_least)
         async with self._changed:
@@ -166,12 +166,6 @@ class RolloutController:
             self._warn(f"the learners have started again, attempt {self._attempt}: their logs say why")
         return self._attempt
 
-    async def _attempt_of_generators(self) -> int:
-        """The highest that they have seen: generators outlive this actor, and refuse weights of an older attempt."""
-        calls = [handle.status.remote() for handle in self._pool.generators.values()]
-        done = await asyncio.gather(*(asyncio.wait_for(call, 60.0) for call in calls), return_exceptions=True)
-        return max((status.attempt for status in done if not isinstance(status, BaseException)), default=0)
-
     async def begin_segment(self, name: str, first_ticket: int, num_tickets: int | None = None) -> None:
         """Row r of the coming execution of the dataset `name` is ticket first_ticket + r. From row num_tickets on, if
         that is given, rows are fenced: the dataset has more than the segment."""
@@ -184,7 +178,16 @@ class RolloutController:
         self._watchdog.progress()
         logger.info("a segment begins with ticket %d, of %s rows", first_ticket, num_tickets or "all its")
 
-    async def claim(self, stream: int, row: int, replacement: int = 0) -> Claim:
+    async def claim_block(self, stream: int, rows: list[int], replacement: int = 0) -> list[Claim]:
+        """The claims of rows that travel together: one call instead of many.
+
+        A group that may be what generators die of (claims.py) is alone with one, if it is also alone in this call: of
+        several the first would be sampled only when the last has a generator, which may be the one that the first
+        holds.
+        """
+        return await asyncio.gather(*(self.claim(stream, row, replacement, len(rows) == 1) for row in rows))
+
+    async def claim(self, stream: int, row: int, replacement: int = 0, may_be_alone: bool = True) -> Claim:
         """The claim of a segment's row. Waits until the gate admits its ticket (1) and a generator is healthy.
 
         replacement k > 0: the ticket's k-th other prompt (dynamic sampling). Raises RuntimeError when no generator is
@@ -195,7 +198,7 @@ class RolloutController:
             assert self._evaluations.rows is not None
             claim = self._claim_for(self._evaluations.rows.request(row), evaluation.version)
             return await self._assign(
-                claim, evaluation.ledger, lambda: self._evaluations.running is evaluation, lambda: True
+                claim, evaluation.ledger, lambda: self._evaluations.running is evaluation, lambda: True, may_be_alone
             )
         if stream != self._active_stream or row >= self._num_tickets:
             return fenced(row)
@@ -206,17 +209,18 @@ class RolloutController:
             prompt=self._prompts.at(ticket, self._seed, attempt=replacement),
             seeds=[sample_seed(self._seed, ticket, i, attempt=replacement) for i in range(self._group_size)],
         )
-        claim = self._claim_for(request, max(0, ticket // self._groups_per_step - self._max_staleness))
+        claim = self._claim_for(request, max(0, ticket // self._groups_per_step - self._max_staleness), replacement)
         return await self._assign(
-            claim, self._ledger, lambda: stream == self._active_stream, lambda: self._admits(ticket)
+            claim, self._ledger, lambda: stream == self._active_stream, lambda: self._admits(ticket), may_be_alone
         )
 
-    def _claim_for(self, request: GroupRequest, min_version: int) -> Claim:
+    def _claim_for(self, request: GroupRequest, min_version: int, replacement: int = 0) -> Claim:
         """Not assigned to a generator yet."""
         return Claim(
             ticket=request.ticket,
             prompt=request.prompt,
             seeds=request.seeds,
+            replacement=replacement,
             min_version=min_version,
             sampling=request.sampling,
             generator=None,
@@ -225,49 +229,57 @@ class RolloutController:
         )
 
     async def _assign(
-        self, claim: Claim, ledger: Ledger, is_open: Callable[[], bool], is_admitted: Callable[[], bool]
+        self,
+        claim: Claim,
+        ledger: Ledger,
+        is_open: Callable[[], bool],
+        is_admitted: Callable[[], bool],
+        may_be_alone: bool,
     ) -> Claim:
-        """The claim with a generator, as soon as it is admitted and one is healthy. is_open: of its stream."""
-        ticket = claim.ticket
-        failures = ledger.failures.get(ticket, [])
-        if len(failures) >= MAX_ATTEMPTS and len(of_living_nodes(failures)) >= MAX_ATTEMPTS:
-            reasons = "; ".join(failure.reason for failure in failures)
-            return replace(claim, error=f"{len(failures)} generators failed: {reasons}")
-        if ticket in ledger.claims:  # of a stage that died: its work is repeated
-            self._pool.give_back(ledger.claims[ticket].where)
-        where = WITHOUT_GENERATOR if is_admitted() else AT_THE_GATE
-        waits_since_s = time.monotonic()
+        """The claim with a generator, as soon as it is admitted and one has room for it. is_open: of its stream."""
+        ticket, pool = claim.ticket, self._pool
+        failures = ledger.failures.get((ticket, claim.replacement), [])
+        if error := why_given_up(failures):
+            return replace(claim, error=error)
+        where, waits_since_s = WITHOUT_GENERATOR if is_admitted() else AT_THE_GATE, time.monotonic()
         pending = PendingClaim(
-            ticket=ticket, where=where, since_s=waits_since_s, is_evaluation=claim.sampling is not None
+            ticket=ticket,
+            where=where,
+            since_s=waits_since_s,
+            is_alone=may_be_alone and goes_alone(failures),
+            replacement=claim.replacement,
+            is_evaluation=claim.sampling is not None,
         )
+        makes_room = False
+        if ticket in ledger.claims:  # of a stage that died: its work is repeated
+            makes_room = pool.give_back(ledger.claims[ticket].where)
         ledger.claims[ticket] = pending
         while True:
             async with self._changed:
+                if makes_room:
+                    self._changed.notify_all()
                 await self._changed.wait_for(
-                    lambda: not is_open() or self._pool.all_dead or (is_admitted() and self._pool.healthy)
+                    lambda: not is_open() or pool.all_dead or (is_admitted() and pool.has_room(pending.is_alone))
                 )
                 if not is_open() or ledger.claims.get(ticket) is not pending:
                     return fenced(ticket)
-                if self._pool.all_dead:
-                    raise RuntimeError(self._pool.cause_of_death)
-                name = self._pool.take()
+                if pool.all_dead:
+                    raise RuntimeError(pool.cause_of_death)
+                name = pool.take(pending.is_alone)
             pending.where, pending.since_s = name, time.monotonic()
-            if not failures or await self._pool.confirm(name):
+            if not failures or await pool.confirm(name):
                 break
             if ledger.claims.get(ticket) is not pending:
                 return fenced(ticket)
-            self._pool.give_back(name)
+            makes_room = pool.give_back(name)
             pending.where = WITHOUT_GENERATOR
         if ledger.claims.get(ticket) is not pending:
             return fenced(ticket)
-        pending.node = self._pool.nodes.get(name, "")
+        pending.node = pool.nodes.get(name, "")
         with about_group(ticket, is_evaluation=pending.is_evaluation):
-            logger.info("goes to %s after %.3f s %s", name, pending.since_s - waits_since_s, where)
-        return replace(claim, generator=self._pool.generators[name], generator_name=name)
-
-    async def claim_block(self, stream: int, rows: list[int], replacement: int = 0) -> list[Claim]:
-        """The claims of rows that travel together: one call instead of many."""
-        return await asyncio.gather(*(self.claim(stream, row, replacement) for row in rows))
+            alone = ", alone" if pending.is_alone else ""
+            logger.info("goes to %s%s after %.3f s %s", name, alone, pending.since_s - waits_since_s, where)
+        return replace(claim, generator=pool.generators[name], generator_name=name)
 
     def _admits(self, ticket: int) -> bool:
         return ticket < self._gate
@@ -277,42 +289,35 @@ class RolloutController:
         """Tickets below this number are admitted: none before the first publish, when generators may hold anything."""
         return (self._version + self._max_staleness + 1) * self._groups_per_step if self._version >= 0 else 0
 
-    async def release(
-        self,
-        stream: int,
-        ticket: int,
-        generator_name: str,
-        generator_error: str | None,
-        restart: bool = False,
-        begun: bool = True,
-    ) -> None:
-        """A claimed ticket came back from its generator: with a group (no error), or because the generator failed.
-        restart: it may live, but must not be trusted any more (it hangs, or returns garbage). begun: False where it
-        cannot have failed because of the group."""
+    async def release_block(self, stream: int, releases: list[Release]) -> None:
+        """Claimed tickets came back from their generators."""
+        makes_room = [self._release(stream, release) for release in releases]
+        if any(makes_room):
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _release(self, stream: int, release: Release) -> bool:
+        """Whether a claim that waits may now find a generator."""
         ledger = self._ledger_of(stream)
-        if ledger is None or ticket not in ledger.claims or ledger.claims[ticket].where != generator_name:
-            return  # its stream has ended, or it was claimed anew meanwhile
-        pending = ledger.claims.pop(ticket)
-        self._pool.give_back(generator_name)
-        if generator_error is None:
+        pending = ledger.claims.get(release.ticket) if ledger is not None else None
+        if ledger is None or pending is None or pending.where != release.generator_name:
+            return False  # its stream has ended, or it was claimed anew meanwhile
+        del ledger.claims[release.ticket]
+        if release.failure is None:
             self._watchdog.progress()
-            return
-        with about_group(ticket, is_evaluation=pending.is_evaluation):
-            self._warn(f"{pending.what} failed on {generator_name}, and goes to another generator: {generator_error}")
-        if begun:
-            failure = Failure(f"{generator_name}: {generator_error}", pending.node)
-            ledger.failures.setdefault(ticket, []).append(failure)
-        self._pool.quarantine(generator_name, restart=restart)
+        else:
+            with about_group(pending.ticket, is_evaluation=pending.is_evaluation):
+                what = f"{pending.what} failed on {pending.where}"
+                self._warn(f"{what}, and goes to another generator: {release.failure}")
+            if release.begun:
+                ledger.note_failure(pending, release.failure)
+            self._pool.quarantine(pending.where, restart=release.restart)
+        return self._pool.give_back(pending.where)
 
     def _ledger_of(self, stream: int) -> Ledger | None:
         if (evaluation := self._evaluations.of_stream(stream)) is not None:
             return evaluation.ledger
         return self._ledger if stream == self._active_stream else None
-
-    async def release_block(self, stream: int, releases: list[tuple[int, str, str | None, bool, bool]]) -> None:
-        """Several at once: the arguments of `release` after the stream."""
-        for release in releases:
-            await self.release(stream, *release)
 
     async def publish(self, version: int, weights: list[ray.ObjectRef]) -> PublishReport:
         """Give every healthy generator the packed weights, then open the gate for `version`.
@@ -343,10 +348,10 @@ class RolloutController:
             end_s=time.time(),
             num_generators=len(self._pool.healthy),
             failed=failed,
-            generator_failures=self._pool.num_failures,
+            generator_failures=self._pool.take_failures(),
             sampled=[interval for ack in acks for interval in ack.sampled],
             evaluated=evaluated,
-            evaluations_failed=self._evaluations.num_failed,
+            evaluations_failed=self._evaluations.take_failures(),
         )
 
     def _check_attempt(self, attempt: int, version: int) -> None:
@@ -409,13 +414,15 @@ class RolloutController:
     # What goes on beside the calls.
 
     def _start_background(self) -> None:
-        if not self._background:
-            loop = asyncio.get_running_loop()
-            self._background = [loop.create_task(self._resize()), loop.create_task(self._watch())]
-            if self._gauges is not None:
-                self._background.append(loop.create_task(self._measure(self._gauges)))
-            if self._find_unplaced is not None:
-                self._background.append(loop.create_task(self._look_for_room(self._find_unplaced)))
+        if self._background:
+            return
+        loops = {"resizing the pool": self._resize, "the watchdog": self._watch}
+        if (gauges := self._gauges) is not None:
+            loops["measuring"] = lambda: self._measure(gauges)
+        if (find := self._find_unplaced) is not None:
+            loops["looking for room"] = lambda: look_again_and_again(find, self._on_unplaced, self._warn)
+        create_task = asyncio.get_running_loop().create_task
+        self._background = [create_task(keep_running(name, loop, self._warn)) for name, loop in loops.items()]
 
     async def _resize(self) -> None:
         while True:
@@ -434,21 +441,11 @@ class RolloutController:
                 gauges.set(GENERATORS, count, state=state)
             await asyncio.sleep(PERIOD_S)
 
-    async def _look_for_room(self, find_unplaced: Callable[[], Unplaced]) -> None:
-        """Say what waits for a machine. A run that cannot go on without one does not stand still because it hangs."""
-        complaint = Complaint()
-        while True:
-            await asyncio.sleep(ROOM_PERIOD_S)
-            try:
-                unplaced = await asyncio.to_thread(find_unplaced)
-            except Exception as error:  # of a head that is busy; the next look is soon
-                logger.warning("cannot see what waits for a machine: %s", last_line(error))
-                continue
-            self._pool.num_unplaced = unplaced.generators
-            if text := complaint.about(unplaced, time.monotonic()):
-                self._warn(text)
-            if unplaced and (unplaced.learners or unplaced.scorers or self._version < 0 or not self._pool.healthy):
-                self._watchdog.progress()  # nothing can
+    def _on_unplaced(self, unplaced: Unplaced) -> None:
+        """A run that cannot go on without a machine does not stand still because it hangs."""
+        self._pool.num_unplaced = unplaced.generators
+        if unplaced and (unplaced.learners or unplaced.scorers or self._version < 0 or not self._pool.healthy):
+            self._watchdog.progress()
 
     async def _watch(self) -> None:
         while self._stop_reason is None:

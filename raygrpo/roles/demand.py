@@ -6,12 +6,19 @@ must not look like a run that is starting.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from raygrpo.config import RunConfig
 from raygrpo.placement import missing_nodes
 
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 5.0  # between looks
 PATIENCE_S = 15.0  # until something that waits for a machine is said; then again after twice as long
 
 
@@ -86,6 +93,23 @@ class UnplacedFinder:
             learners=num_learners,
             text=f"no machine has room for {', '.join(asked)}; free in the whole cluster: {rest}" + "".join(hopeless),
         )
+
+
+async def look_again_and_again(
+    find: Callable[[], Unplaced], found: Callable[[Unplaced], None], tell: Callable[[str], None]
+) -> None:
+    """find: asks Ray, and may block or raise. found: is given each answer. tell: a person."""
+    complaint = Complaint()
+    while True:
+        await asyncio.sleep(PERIOD_S)
+        try:
+            unplaced = await asyncio.to_thread(find)
+        except Exception as error:  # of a head that is busy; the next look is soon
+            logger.warning("cannot see what waits for a machine: %s", error)
+            continue
+        found(unplaced)
+        if text := complaint.about(unplaced, time.monotonic()):
+            tell(text)
 
 
 def shape(num_cpus: float, num_gpus: float) -> dict[str, float]:

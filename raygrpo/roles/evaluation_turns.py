@@ -44,7 +44,7 @@ class EvaluationTurns:
     ):
         """settings: None for a run without evaluations. on_end: is given the claims that have not come back."""
         self.running: RunningEvaluation | None = None
-        self.num_failed = 0
+        self._num_failed = 0  # that take_failures has not told
         self.rows: Evaluation | None = None
         self.evaluator: Any = None
         self._settings = settings
@@ -78,6 +78,11 @@ class EvaluationTurns:
         interval, self._last = self._last, None
         return interval
 
+    def take_failures(self) -> int:
+        """How many evaluations were given up since this was called last."""
+        num, self._num_failed = self._num_failed, 0
+        return num
+
     def end_attempt(self) -> None:
         """Nothing is evaluated any more; the caller notifies."""
         if self.running is not None and self.running.task is not None:
@@ -98,7 +103,7 @@ class EvaluationTurns:
             if self.running is not running:
                 return  # its attempt is over
             if failure is not None:
-                self.num_failed += 1
+                self._num_failed += 1
                 self._warn(f"the evaluation of version {running.version} is given up: {failure}")
             self.running = None
             self._last = (running.start_s, time.time())

@@ -49,7 +49,7 @@ class Evaluator:
         self._controller = controller
         self._tracker = tracker
         generator = config.generator
-        # Generators are kept busy, and no group waits in one for long: its deadline runs from the call.
+        # Enough to keep the generators busy.
         groups = 1 if config.deterministic else generator.max_groups
         calls = 2 * groups * (generator.max_actors or generator.num_actors)
         self._threads = ThreadPoolExecutor(min(calls, MAX_CALLS, len(self._set_of_row)))

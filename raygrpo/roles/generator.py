@@ -14,8 +14,8 @@ published. A generator that dies is restarted by Ray (`max_restarts`), at versio
 controller) loads the current version before it is given work. `generate` never serves a version below `min_version`; it
 waits.
 
-An engine that failed cannot be trusted any more: every caller gets EngineDeadError, then the process exits, for Ray to
-restart it.
+An engine that failed cannot be trusted any more: every caller gets EngineDeadError (NeverBegunError, if its group was
+not in the engine), then the process exits, for Ray to restart it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, G
 from raygrpo.logs import about_group, always, open_log
 from raygrpo.lora import AdapterMerger
 from raygrpo.timeline import Interval
-from raygrpo.types import Prompt, Rollout, RolloutGroup, RunInfo, TransferError
+from raygrpo.types import NeverBegunError, Prompt, Rollout, RolloutGroup, RunInfo, TransferError
 from raygrpo.weights import PackedWeights, unpack
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ class Generator:
 
         Waits while the generator has an older version; raises TimeoutError when none is published in time. Raises
         ValueError for a request that the engine cannot serve as it is (too long, say); EngineDeadError when the engine
-        failed. A caller that is cancelled takes its group out of the engine.
+        failed with it, NeverBegunError when it failed before. A caller that is cancelled takes its group out of the
+        engine.
         """
         await self._reach_version(min_version)
         group = _Group(ticket=ticket, prompt=prompt, seeds=list(seeds), sampling=sampling)
@@ -212,6 +213,11 @@ class Generator:
 
     async def status(self) -> GeneratorStatus:
         return self._worker.status(waiting_for_version=self._waiting_for_version)
+
+    async def seconds_in_engine(self, ticket: int, *, is_evaluation: bool) -> float:
+        """For how long the engine has been sampling this group; while that waits for a place in the engine, for how
+        long it has been sampling the group that it began first of those it has."""
+        return self._worker.seconds_in_engine(ticket, is_evaluation=is_evaluation)
 
     def _measure(self, gauges: Gauges) -> None:
         while True:
@@ -303,6 +309,12 @@ class EngineThread:
             busy_s=self._busy_s,
             pid=os.getpid(),
         )
+
+    def seconds_in_engine(self, ticket: int, *, is_evaluation: bool) -> float:
+        running = list(self._running.values())
+        own = [group for group in running if (group.ticket, group.sampling is not None) == (ticket, is_evaluation)]
+        now_s = time.time()
+        return now_s - min((group.start_s for group in own or running), default=now_s)
 
     def _run(self, make: Callable[[], SamplingEngine], ready: Future[None]) -> None:
         try:
@@ -458,13 +470,16 @@ class EngineThread:
     def _die(self, cause: Exception) -> None:
         """Tell all callers, those that still come too, and leave the process."""
         error = cause if isinstance(cause, EngineDeadError) else EngineDeadError(f"{type(cause).__name__}: {cause}")
-        for message in (*self._running.values(), *self._waiting, *self._evaluating, *self._updates):
+        for message in (*self._running.values(), *self._updates):
             message.result.set_exception(error)
+        never_begun = NeverBegunError(f"another group was in the engine when it failed: {error}")
+        for group in (*self._waiting, *self._evaluating):
+            group.result.set_exception(never_begun)
         threading.Timer(EXIT_DELAY_S, os._exit, args=(1,)).start()
         while True:
             message = self.inbox.get()
             if not isinstance(message, _Abort) and message.result.set_running_or_notify_cancel():
-                message.result.set_exception(error)
+                message.result.set_exception(never_begun if isinstance(message, _Group) else error)
 
 
 def _node_id() -> str:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator that failed
 STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 CONFIRM_TIMEOUT_S = 30.0  # for a generator to say that it holds the version
+MAX_RELAUNCHES = 3  # of a generator whose constructor fails, until it is healthy
 
 
 class GeneratorPool:
@@ -53,6 +54,7 @@ class GeneratorPool:
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
         self.nodes: dict[str, str] = {}  # where those are that have loaded a version
         self.num_failures = 0
+        self._num_told = 0  # of these
         self.num_unplaced = 0  # those that Ray has no machine for; the controller finds out
         self._settings = settings
         self._changed = changed
@@ -62,8 +64,11 @@ class GeneratorPool:
         self._extra: list[str] = []  # launched here, oldest first: these may go again
         self._leaving: set[str] = set()
         self._outstanding: dict[str, int] = {}
+        self._alone: set[str] = set()  # those that have one group, and get no other beside it
         self._peaks: deque[tuple[float, int]] = deque()  # (time, groups in flight), of the last scale_down_after_s
         self._loading: dict[str, asyncio.Lock] = {}  # a generator refuses a version twice
+        self._held: dict[str, tuple[int, int]] = {}  # attempt and version that each has acknowledged last
+        self._relaunches: dict[str, int] = {}  # of each since it was last healthy
         self._attempt = 0
         self._version = -1  # of the latest publish, which may be under way: who is to be healthy must hold it
         self._weights: list[ray.ObjectRef] = []  # of that version
@@ -117,21 +122,51 @@ class GeneratorPool:
             f"waiting, {status.num_groups} finished\n{stacks}"
         )
 
+    def take_failures(self) -> int:
+        """How many there were since this was called last."""
+        new, self._num_told = self.num_failures - self._num_told, self.num_failures
+        return new
+
+    async def newest_attempt(self) -> int:
+        """That the generators have seen: they outlive the controller, and refuse weights of an older attempt."""
+        calls = [handle.status.remote() for handle in self.generators.values()]
+        done = await asyncio.gather(*(asyncio.wait_for(call, 60.0) for call in calls), return_exceptions=True)
+        return max((status.attempt for status in done if not isinstance(status, BaseException)), default=0)
+
     def begin_attempt(self, attempt: int) -> None:
         """Nothing is in flight, and no version is the latest until the next publish."""
         self._attempt, self._version = attempt, -1
         self._outstanding = dict.fromkeys(self.generators, 0)
+        self._alone.clear()
 
-    def take(self) -> str:
-        """The healthy generator with the least to do, which now has one group more. There must be one."""
-        name = min(sorted(self.healthy), key=self._outstanding.__getitem__)
+    def has_room(self, alone: bool = False) -> bool:
+        """Whether a group can be taken by a generator; alone: by one that has no other, and gets none meanwhile.
+
+        One that is to be alone need not be kept room for: the gate lets only so many others pass before it is trained,
+        and when these are done every generator is idle.
+        """
+        return any(self._fits(name, alone) for name in self.healthy)
+
+    def take(self, alone: bool = False) -> str:
+        """The healthy generator with the least to do, which now has one group more. There must be room."""
+        fitting = (name for name in sorted(self.healthy) if self._fits(name, alone))
+        name = min(fitting, key=self._outstanding.__getitem__)
         self._outstanding[name] += 1
+        if alone:
+            self._alone.add(name)
         return name
 
-    def give_back(self, name: str) -> None:
-        """A group that `take` gave to this generator is no longer there."""
-        if name in self._outstanding:
-            self._outstanding[name] -= 1
+    def _fits(self, name: str, alone: bool) -> bool:
+        return name not in self._alone and not (alone and self._outstanding[name])
+
+    def give_back(self, name: str) -> bool:
+        """A group that `take` gave to this generator is no longer there. Returns whether that makes room where there
+        was none: the caller notifies."""
+        if name not in self._outstanding:
+            return False
+        self._outstanding[name] -= 1
+        self._alone.discard(name)
+        return self._outstanding[name] == 0
 
     # Weights.
 
@@ -147,6 +182,8 @@ class GeneratorPool:
         for name, result in zip(names, results, strict=True):
             if not isinstance(result, BaseException):
                 acks.append(result)
+                continue
+            if name not in self.generators:  # it has left meanwhile
                 continue
             failed[name] = result
             self._warn(f"{name} did not load version {version}: {last_line(result)}")
@@ -182,21 +219,28 @@ class GeneratorPool:
         attempt, version, weights = self._attempt, self._version, self._weights
         async with asyncio.timeout(self._settings.load_timeout_s), self._loading[name]:
             ack = await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
-        self.nodes[name] = ack.node
+        if name in self.generators:
+            self.nodes[name] = ack.node
+            self._held[name] = (attempt, version)
         return ack
 
     async def confirm(self, name: str) -> bool:
-        """Whether this generator lives and holds the latest version, in its own words. Quarantines it otherwise.
+        """Whether this generator lives and holds the version that it has acknowledged last, or a later one, in its own
+        words. Quarantines it otherwise.
 
-        A node takes all its generators with it, and the first groups to fail say so of one of them only.
+        A node takes all its generators with it, and the first groups to fail say so of one of them only. One that
+        finishes its groups before it loads the next version answers all the same.
         """
         if self._version < 0:
             return False
+        held = self._held.get(name, (self._attempt, 0))
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT_S):
-                await self._load(name)  # one that has it answers at once
+                status = await self.generators[name].status.remote()
+            if (status.attempt, status.version) < held:
+                raise RuntimeError(f"it has restarted, with version {status.version} of attempt {status.attempt}")
         except Exception as error:
-            logger.warning("%s does not answer: %s", name, last_line(error))
+            logger.warning("%s does not say that it is well: %s", name, last_line(error))
             self.quarantine(name, restart=False)
             return False
         return name in self.healthy
@@ -218,31 +262,48 @@ class GeneratorPool:
 
     async def _revive(self, name: str, what: str) -> None:
         """Load the latest version, again and again until that is still the latest when it is loaded."""
-        while name in self.generators and name not in self._leaving:
+        while self._stays(name):
             attempt, version = self._attempt, self._version
             if version < 0:  # an attempt begins
                 await asyncio.sleep(0.1)
                 continue
             try:
                 await self._load(name)
-            except ActorDiedError as error:
-                if name in self._leaving:
-                    return
-                self._warn(f"{name} cannot be started: {last_line(error)}")
-                self.dead[name] = last_line(error)
-                break
             except Exception as error:
+                if not self._stays(name):
+                    return
+                if isinstance(error, ActorDiedError) and not self._relaunch(name, error):
+                    break
                 logger.warning("%s is not back yet: %s", name, last_line(error))
                 if self._hangs(error):
                     restart_actor(self.generators[name])
                 await asyncio.sleep(REVIVAL_PAUSE_S)
                 continue
+            if not self._stays(name):
+                return
             if (attempt, version) == (self._attempt, self._version):
+                self._relaunches.pop(name, None)
                 self.healthy.add(name)  # without an await since the check: the next publish will count on it
                 self._warn(f"{what}, with version {version}")
                 break
         async with self._changed:
             self._changed.notify_all()
+
+    def _stays(self, name: str) -> bool:
+        return name in self.generators and name not in self._leaving
+
+    def _relaunch(self, name: str, error: ActorDiedError) -> bool:
+        """Replace a generator that Ray does not start again, because its constructor failed; returns False where that
+        is given up. It is not tried where no generator of the run has ever loaded a version: the error is then more
+        likely the configuration's than the machine's."""
+        num = self._relaunches[name] = self._relaunches.get(name, 0) + 1
+        if self._launch is None or not self.nodes or num > MAX_RELAUNCHES:
+            self._warn(f"{name} cannot be started: {last_line(error)}")
+            self.dead[name] = last_line(error)
+            return False
+        self._warn(f"{name} could not be started: launched again ({num} of {MAX_RELAUNCHES}): {last_line(error)}")
+        self.generators[name] = self._launch(name)
+        return True
 
     # Size.
 
@@ -291,8 +352,9 @@ class GeneratorPool:
         while self._outstanding[name] > 0 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.1)
         handle = self.generators.pop(name)
-        for record in (self._outstanding, self._loading, self.dead, self.nodes):
+        for record in (self._outstanding, self._loading, self._held, self._relaunches, self.dead, self.nodes):
             record.pop(name, None)
+        self._alone.discard(name)
         self._extra.remove(name)
         self._leaving.discard(name)
         end_actor(handle)
@@ -301,7 +363,13 @@ class GeneratorPool:
     def _spawn(self, coroutine) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the pool failed", exc_info=error)
+            self._warn(f"a task of the pool failed: {type(error).__name__}: {last_line(error)}")
 
 
 def restart_actor(handle: ActorHandle) -> None:

@@ -149,7 +149,7 @@ class Learner:
         self._is_checked = False
         self._rewards: list[float] = []  # mean reward of each step since the last checkpoint
         self._failed_checkpoints = 0  # since the last step was reported
-        self._generator_failures = 0  # that earlier steps reported
+        self._generator_failures = 0  # the same
         self._evaluations_failed = 0  # the same
         self._rank = dist.get_rank()
         self._unreported: tuple[int, StepMetrics, StepTimes] | None = None
@@ -380,6 +380,8 @@ class Learner:
         """Wait for the acks of the last publish and log its step; on rank 0, where there is something to report."""
         report = self._link.published() if self._rank == 0 else None
         if report is not None:
+            self._generator_failures += report.generator_failures
+            self._evaluations_failed += report.evaluations_failed
             if self._unreported is not None:
                 step, metrics, times = self._unreported
                 end_s = max(report.end_s, times.learn[1]) if self._config.max_staleness == 0 else times.learn[1]
@@ -393,16 +395,14 @@ class Learner:
                 self._last_publish = published
                 metrics["perf/tokens_per_s"] = metrics["completions/num_tokens"] / metrics["timing_s/step"]
                 metrics["weights/mb_per_s"] = report.num_bytes / 1e6 / max(report.seconds, 1e-9)
-                metrics["faults/generator_failures"] = float(report.generator_failures - self._generator_failures)
+                metrics["faults/generator_failures"] = float(self._generator_failures)
                 if self._config.evaluates:
-                    metrics["faults/evaluations_failed"] = float(report.evaluations_failed - self._evaluations_failed)
+                    metrics["faults/evaluations_failed"] = float(self._evaluations_failed)
                 metrics["faults/checkpoints_failed"] = float(self._failed_checkpoints)
-                self._failed_checkpoints = 0
+                self._failed_checkpoints = self._generator_failures = self._evaluations_failed = 0
                 metrics["run/attempt"] = float(self._attempt)
                 self._link.log_step(step, metrics)
                 self._step_start_s = end_s
-                self._generator_failures = report.generator_failures
-                self._evaluations_failed = report.evaluations_failed
             else:
                 self._step_start_s = report.end_s
         self._unreported = None

@@ -19,10 +19,10 @@ class PublishReport:
     end_s: float  # unix time of the last acknowledgement
     num_generators: int  # healthy ones, which hold the version
     failed: list[str]  # generators that did not load it
-    generator_failures: int  # since the run began
+    generator_failures: int  # since the publish before
     sampled: Sequence[Interval] = ()  # when generators sampled for the training, since the publish before
     evaluated: Interval | None = None  # when the evaluation before this publish ran, if there was one
-    evaluations_failed: int = 0  # since the run began
+    evaluations_failed: int = 0  # since the publish before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,11 @@ from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.evaluation import Evaluation
 from raygrpo.roles import claims as claims_module
 from raygrpo.roles import generator_pool as pool_module
-from raygrpo.roles.controller import MAX_ATTEMPTS, RolloutController
+from raygrpo.roles.claims import MAX_ATTEMPTS, MAX_SHARED_FAILURES, Release
+from raygrpo.roles.controller import RolloutController
 from raygrpo.types import FENCED
 from tests.conftest import run_config
-from tests.roles.test_controller import WEIGHTS, FakeGenerator, begin, prompt_set, settle, wait_until
+from tests.roles.test_controller import WEIGHTS, FakeGenerator, begin, prompt_set, release, settle, wait_until
 from tests.test_evaluation import evaluation
 
 
@@ -77,7 +78,9 @@ def test_the_next_publish_waits_for_the_evaluation_and_its_claims_are_of_the_ver
         async def work(controller: RolloutController, stream: int, version: int) -> None:
             claims.extend(await controller.claim_block(stream, list(range(5))))
             await may_end.wait()
-            await controller.release_block(stream, [(c.ticket, c.generator_name, None, False) for c in claims])
+            await controller.release_block(
+                stream, [Release(ticket=c.ticket, generator_name=c.generator_name) for c in claims]
+            )
 
         controller, _ = await make(work, generators)
         rows = evaluation()
@@ -159,7 +162,7 @@ def test_an_evaluation_that_takes_too_long_is_given_up_and_counted():
         await is_late.wait()
         stream, claim = late[0]
         assert (await controller.claim(stream, 1)).ticket == FENCED, "its rows are worth nothing any more"
-        await controller.release(stream, claim.ticket, claim.generator_name, "died")
+        await release(controller, stream, claim.ticket, claim.generator_name, "died")
         assert controller._pool.healthy == {"a"} and controller._pool._outstanding == {"a": 0}
 
     asyncio.run(run())
@@ -174,8 +177,8 @@ def test_an_evaluator_that_fails_costs_the_evaluation():
         await controller.publish(0, WEIGHTS)
         assert (await controller.publish(1, WEIGHTS)).evaluations_failed == 1
         assert (await controller.status()).warnings == ["the evaluation of version 0 is given up: KeyError: gold"]
-        assert (await controller.publish(2, WEIGHTS)).evaluations_failed == 1
-        assert (await controller.publish(3, WEIGHTS)).evaluations_failed == 2
+        assert (await controller.publish(2, WEIGHTS)).evaluations_failed == 0, "each is told once"
+        assert (await controller.publish(3, WEIGHTS)).evaluations_failed == 1
 
     asyncio.run(run())
 
@@ -187,10 +190,10 @@ def test_groups_of_a_generator_that_fails_go_to_another_and_are_given_up_in_the_
         seen = []
 
         async def work(controller: RolloutController, stream: int, version: int) -> None:
-            for _ in range(MAX_ATTEMPTS):
+            for _ in range(MAX_SHARED_FAILURES + MAX_ATTEMPTS):
                 [claim] = await controller.claim_block(stream, [2])
                 seen.append(claim.generator_name)
-                await controller.release(stream, 2, claim.generator_name, "died")
+                await release(controller, stream, 2, claim.generator_name, "died")
             [claim] = await controller.claim_block(stream, [2])
             seen.append(claim)
 
@@ -202,7 +205,9 @@ def test_groups_of_a_generator_that_fails_go_to_another_and_are_given_up_in_the_
         await controller.publish(0, WEIGHTS)
         await controller.evaluated()
         assert seen[:2] == ["a", "b"], "the one that failed is in quarantine"
-        assert seen[-1].generator is None and seen[-1].error.startswith("3 generators failed: a: died; b: died; ")
+        assert seen[-1].generator is None and seen[-1].error.startswith(
+            "3 generators failed with it alone: a: died; b: "
+        )
         await wait_until(lambda: controller._pool.healthy == {"a", "b"})
         assert all(load[1] == 0 for g in generators for load in g.loads), "they come back with the version"
         assert "row 2 of the evaluation failed on a, and goes to another generator: died" in (

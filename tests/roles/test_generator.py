@@ -27,7 +27,7 @@ from raygrpo.eval_config import EvalSamplingConfig
 from raygrpo.lora import add_adapters
 from raygrpo.roles.generator import Generator
 from raygrpo.timeline import covered_seconds
-from raygrpo.types import Prompt, RolloutGroup, TransferError
+from raygrpo.types import NeverBegunError, Prompt, RolloutGroup, TransferError
 from raygrpo.weights import PackedWeights, pack
 from tests.tiny_models import tiny_model
 
@@ -133,6 +133,28 @@ def test_a_generator_never_has_more_groups_in_its_engine_than_max_groups(paths):
             seen.add((await generator.status()).groups_running)
             await asyncio.sleep(0.001)
         assert max(seen) == 2
+
+    asyncio.run(main())
+
+
+def test_a_generator_knows_for_how_long_its_engine_has_had_a_group_or_the_one_that_it_waits_for(paths):
+    async def main() -> None:
+        generator = Generator(**settings(paths[0], max_groups=1, max_tokens=40))
+        assert await generator.seconds_in_engine(0, is_evaluation=False) == 0
+        start_s = time.time()
+        tasks = [asyncio.create_task(generator.generate(t, PROMPT, [t], 0)) for t in range(2)]
+        waited_s = []
+        while not tasks[0].done():
+            own_s, other_s = [await generator.seconds_in_engine(t, is_evaluation=False) for t in range(2)]
+            if own_s and not tasks[0].done():
+                assert own_s <= other_s <= time.time() - start_s
+                waited_s.append(other_s)
+            await asyncio.sleep(0.001)
+        assert waited_s == sorted(waited_s) and len(waited_s) > 1
+        while not (own_s := await generator.seconds_in_engine(1, is_evaluation=False)):
+            await asyncio.sleep(0.001)
+        assert own_s < time.time() - tasks[0].result().generate_end_s
+        await tasks[1]
 
     asyncio.run(main())
 
@@ -343,9 +365,12 @@ def test_a_broken_engine_fails_every_caller_and_ray_restarts_the_process(ray_ses
     before = ray.get(actor.status.remote())
     ray.get(actor.load_weights.remote(1, nan))
     calls = [actor.generate.remote(ticket, PROMPT, [1, 2], 1) for ticket in range(3)]
+    never_begun = []
     for call in calls:
-        with pytest.raises(EngineDeadError, match="logits are not finite"):
+        with pytest.raises((EngineDeadError, NeverBegunError), match="logits are not finite") as caught:
             ray.get(call, timeout=30)
+        never_begun.append(isinstance(caught.value, NeverBegunError))
+    assert sorted(never_begun) == [False, True, True], "one at a time was in the engine"
     deadline = time.monotonic() + 60
     while True:
         try:

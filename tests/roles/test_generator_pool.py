@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
+from raygrpo.roles import background as background_module
+from raygrpo.roles import controller as controller_module
 from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.claims import AT_THE_GATE, PendingClaim
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.generator_pool import GeneratorPool
 from raygrpo.roles.watchdog import stall_report
 from tests.roles.test_controller import (
+    DIED,
     WEIGHTS,
     FakeGenerator,
     begin,
     make_controller,
     prompt_set,
+    release,
     settle,
     wait_until,
 )
@@ -33,13 +38,17 @@ def without_ray(monkeypatch):
 
 
 class Launcher:
-    """Makes generators, and keeps them."""
+    """Makes generators, and keeps them. on_start: what a load of theirs waits for; it may raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_start: Callable[[], Awaitable[None]] | None = None) -> None:
         self.made: dict[str, Mortal] = {}
+        self.num = 0
+        self._on_start = on_start
 
     def __call__(self, name: str) -> Mortal:
-        self.made[name] = Mortal(name)
+        on_start = self._on_start
+        self.made[name] = Mortal(name, None if on_start is None else lambda version: on_start())
+        self.num += 1
         return self.made[name]
 
 
@@ -109,6 +118,87 @@ def test_the_pool_shrinks_after_a_quiet_time_without_losing_a_group():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("comes_up", [False, True])
+def test_a_newcomer_that_is_sent_away_while_it_starts_leaves_nothing_behind(comes_up):
+    """Ray says ActorDiedError to whoever waits for an actor that is ended."""
+
+    async def run() -> None:
+        launch = Launcher(lambda: starting)
+        pool = growing_pool(launch)
+        starting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await pool.publish(0, WEIGHTS)
+        pool.resize(0.0, num_waiting=5)
+        await wait_until(lambda: "generator-1" in pool._loading and pool._loading["generator-1"].locked())
+        pool.resize(20.0)
+        await wait_until(lambda: list(pool.generators) == ["generator-0"])
+        assert launch.made["generator-1"].ended
+        starting.set_result(None) if comes_up else starting.set_exception(DIED)
+        await settle()
+        assert pool.by_state() == {"healthy": 1, "not_ready": 0, "dead": 0} and not pool.all_dead
+        assert pool.healthy == {"generator-0"} and list(pool.nodes) == ["generator-0"]
+        pool.resize(21.0, num_waiting=5)
+        assert list(launch.made) == ["generator-1", "generator-2"], "it can grow as far as before"
+
+    asyncio.run(run())
+
+
+# Generators that Ray does not start again.
+
+
+def test_a_generator_that_cannot_be_started_is_launched_again_a_few_times():
+    async def run() -> None:
+        warnings: list[str] = []
+        is_full = True
+
+        async def start() -> None:
+            if is_full:
+                raise DIED
+
+        launch = Launcher(start)
+        first = {name: Mortal(name) for name in ("generator-0", "generator-1")}
+        pool = GeneratorPool(first, GeneratorConfig(), asyncio.Condition(), warnings.append, launch)  # type: ignore[arg-type]
+        await pool.publish(0, WEIGHTS)
+        first["generator-1"].on_load = lambda version: start()
+        pool.quarantine("generator-1", restart=False)
+        await wait_until(lambda: launch.num > 0)
+        is_full = False
+        await wait_until(lambda: len(pool.healthy) == 2)
+        assert pool.generators["generator-1"] is launch.made["generator-1"] and pool.dead == {}
+        assert launch.made["generator-1"].loads == [(0, 0, "packed weights")]
+        assert "launched again (1 of 3): ValueError: no such option" in warnings[0]
+
+        launch.num, is_full = 0, True
+        pool.quarantine("generator-1", restart=False)
+        await wait_until(lambda: bool(pool.dead))
+        assert launch.num == pool_module.MAX_RELAUNCHES, "as often as the first time: it was healthy between"
+        assert "no such option" in pool.dead["generator-1"] and pool.healthy == {"generator-0"}
+
+    asyncio.run(run())
+
+
+def test_where_no_generator_has_ever_loaded_a_version_none_is_launched_again():
+    """The configuration is wrong, most likely, and who started the run should hear of it at once."""
+
+    async def run() -> None:
+        async def start(version: int = 0) -> None:
+            raise DIED
+
+        launch = Launcher(start)
+        first = FakeGenerator("generator-0", start)
+        pool = GeneratorPool(
+            {first.name: first},  # type: ignore[dict-item]
+            GeneratorConfig(),
+            asyncio.Condition(),
+            lambda text: None,
+            launch,
+        )
+        with pytest.raises(RuntimeError, match=r"no generator is left: generator-0: ValueError: no such option"):
+            await pool.publish(0, WEIGHTS)
+        assert launch.num == 0
+
+    asyncio.run(run())
+
+
 def test_a_publish_reaches_whoever_joined():
     async def run() -> None:
         launch = Launcher()
@@ -146,7 +236,7 @@ def test_a_generator_that_hangs_is_restarted_and_one_that_died_is_left_to_ray(re
         await controller.publish(0, WEIGHTS)
         claim = await controller.claim(stream, 0)
         assert claim.generator is broken and claim.timeout_s == GeneratorConfig().group_timeout_s
-        await controller.release(stream, 0, "a", "no answer", restart)
+        await release(controller, stream, 0, "a", "no answer", restart=restart)
         assert broken.restarts == int(restart)
         assert (await controller.claim(stream, 0)).generator is other
 
@@ -167,27 +257,110 @@ def test_a_load_that_times_out_restarts_the_generator():
     asyncio.run(run())
 
 
+def test_a_ticket_that_failed_goes_to_a_generator_that_still_drains_for_a_publish(monkeypatch):
+    """It answers, and is not taken for a broken one, however long its groups take."""
+    monkeypatch.setattr(pool_module, "CONFIRM_TIMEOUT_S", 0.05)
+
+    async def run() -> None:
+        drained = asyncio.Event()
+
+        async def drain(version: int) -> None:
+            if version == 1:
+                await drained.wait()
+
+        async def stay_away(version: int) -> None:
+            if len(broken.loads) == 2:
+                await drained.wait()
+
+        broken, draining = FakeGenerator("a", stay_away), FakeGenerator("b", drain)
+        controller = RolloutController(
+            prompt_set(),
+            {"a": broken, "b": draining},  # type: ignore[dict-item]
+            seed=5,
+            groups_per_step=4,
+            group_size=3,
+            max_staleness=1,
+        )
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        assert (await controller.claim(stream, 4)).generator is broken
+        publish = asyncio.create_task(controller.publish(1, WEIGHTS))
+        await settle()
+        await release(controller, stream, 4, "a", "died")
+        claim = await asyncio.wait_for(controller.claim(stream, 4), 5)
+        assert claim.generator is draining and not publish.done()
+        await asyncio.sleep(0.1)
+        assert "b" in controller._pool.healthy and controller._pool.num_failures == 1
+        drained.set()
+        await publish
+
+    asyncio.run(run())
+
+
+def test_a_ticket_that_failed_does_not_go_to_a_generator_that_has_restarted_unnoticed():
+    async def run() -> None:
+        restarted, fine = FakeGenerator("a"), FakeGenerator("b")
+        controller = controller_with(restarted, fine)
+        await controller.begin_attempt(1)
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        restarted.loads.clear()  # version 0 of no attempt: the model on disk
+        assert await controller._pool.confirm("b") and not await controller._pool.confirm("a")
+        assert controller._pool.healthy == {"b"}
+        await wait_until(lambda: len(controller._pool.healthy) == 2)
+        assert restarted.loads == [(1, 0, "packed weights")] and await controller._pool.confirm("a")
+        assert (await controller.claim(stream, 0)).generator is restarted
+
+    asyncio.run(run())
+
+
+# What goes on beside the calls.
+
+
+def test_what_goes_on_beside_the_calls_outlives_its_errors_and_tells_of_them(monkeypatch):
+    monkeypatch.setattr(background_module, "PAUSE_S", 0.001)
+    monkeypatch.setattr(controller_module, "RESIZE_PERIOD_S", 0.001)
+
+    async def run() -> None:
+        controller = controller_with(FakeGenerator("a"))
+        calls: list[int] = []
+
+        def resize(now_s: float, num_waiting: int) -> None:
+            calls.append(num_waiting)
+            if len(calls) < 4:
+                raise KeyError("generator-7")
+
+        monkeypatch.setattr(controller._pool, "resize", resize)
+        await begin(controller)
+        await wait_until(lambda: len(calls) > 5)
+        told = "resizing the pool failed, and begins anew: KeyError: 'generator-7'"
+        assert (await controller.status()).warnings == [told], "the same error once"
+
+    asyncio.run(run())
+
+
+def test_a_task_of_the_pool_that_fails_is_told():
+    async def run() -> None:
+        warnings: list[str] = []
+        generator = FakeGenerator("a")
+        pool = GeneratorPool({"a": generator}, GeneratorConfig(), asyncio.Condition(), warnings.append)  # type: ignore[dict-item]
+
+        async def fail() -> None:
+            raise KeyError("generator-7")
+
+        pool._spawn(fail())
+        await wait_until(lambda: bool(warnings))
+        assert warnings == ["a task of the pool failed: KeyError: 'generator-7'"]
+
+    asyncio.run(run())
+
+
 # The watchdog.
-
-
-class Talking(FakeGenerator):
-    """Answers for a report."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.status = SimpleNamespace(remote=self._status)
-        self.stacks = SimpleNamespace(remote=self._stacks)
-
-    async def _status(self) -> Any:
-        return SimpleNamespace(version=self.version, groups_running=1, groups_waiting=0, num_groups=7)
-
-    async def _stacks(self) -> str:
-        return "thread engine:\n  kernel.py:12 spin"
 
 
 def test_the_watchdog_names_the_claims_and_restarts_the_generators_that_hold_them(tmp_path):
     async def run() -> None:
-        stuck, idle = Talking("a"), Talking("b")
+        stuck, idle = FakeGenerator("a"), FakeGenerator("b")
         controller = controller_with(stuck, idle, timeout_s=0.2)
         controller._report_dir = str(tmp_path)
         stream = await begin(controller)
@@ -215,7 +388,7 @@ def test_the_watchdog_names_the_claims_and_restarts_the_generators_that_hold_the
 @pytest.mark.parametrize("action", ["restart", "fail"])
 def test_learners_that_hang_are_evicted(action):
     async def run() -> None:
-        controller = controller_with(Talking("a"), timeout_s=0.2, action=action)
+        controller = controller_with(FakeGenerator("a"), timeout_s=0.2, action=action)
         await begin(controller)
         await controller.publish(0, WEIGHTS)
         await controller.learners_do("training step 3")
@@ -231,13 +404,13 @@ def test_learners_that_hang_are_evicted(action):
 
 def test_the_watchdog_looks_by_itself_and_any_progress_counts():
     async def run() -> None:
-        controller = controller_with(Talking("a"), timeout_s=0.2)
+        controller = controller_with(FakeGenerator("a"), timeout_s=0.2)
         stream = await begin(controller)
         await controller.publish(0, WEIGHTS)
         for row in range(4):  # longer than the timeout altogether
             claim = await controller.claim(stream, row)
             await asyncio.sleep(0.1)
-            await controller.release(stream, claim.ticket, claim.generator_name, None)
+            await release(controller, stream, claim.ticket, claim.generator_name, None)
         assert (await controller.status()).num_evictions == 0
         async with asyncio.timeout(5):
             while not (await controller.status()).num_evictions:
@@ -250,7 +423,7 @@ def test_a_generator_that_does_not_answer_is_said_to_be_so(monkeypatch):
     monkeypatch.setattr(pool_module, "STATUS_DEADLINE_S", 0.02)
 
     async def run() -> None:
-        silent = Talking("a")
+        silent = FakeGenerator("a")
 
         async def never() -> Any:
             await asyncio.Event().wait()
