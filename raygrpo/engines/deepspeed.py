@@ -8,7 +8,7 @@ training with a varying number of micro-batches takes; the loss and the batches 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,35 @@ class DeepSpeedEngine:
         return norm, rate
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are
-        given."""
-        self._engine.save_checkpoint(
-            str(directory), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
-        )
+        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are given.
+
+        Raises OSError or RuntimeError where that failed, on this rank alone, once all ranks are through: DeepSpeed
+        gathers parameters and waits for all ranks after it has written, and a rank that left before would be missed
+        there.
+        """
+        failures: list[Exception] = []
+
+        def kept(write: Callable[..., object]) -> Callable[..., None]:
+            """The same, but its error waits."""
+
+            def attempt(*args: Any, **kwargs: Any) -> None:
+                try:
+                    write(*args, **kwargs)
+                except (OSError, RuntimeError) as error:
+                    failures.append(error)
+
+            return attempt
+
+        writer = self._engine.checkpoint_engine
+        writer.save, self._engine._copy_recovery_script = kept(writer.save), kept(self._engine._copy_recovery_script)
+        try:
+            self._engine.save_checkpoint(
+                str(directory), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+            )
+        finally:
+            del writer.save, self._engine._copy_recovery_script
+        if failures:
+            raise failures[0]
 
     def load(self, directory: str | Path) -> None:
         """Read back what `save` wrote with as many ranks and the same ZeRO stage. The files are pickles: verify their
