@@ -100,6 +100,20 @@ class GeneratorConfig(Section):
             )
         return self
 
+    @property
+    def tensor_parallel_size(self) -> int:
+        """GPUs among which an engine divides its model."""
+        return self.vllm.get("tensor_parallel_size", 1) if self.engine == "vllm" else 1
+
+    @model_validator(mode="after")
+    def _as_many_gpus_as_it_divides_its_model_among(self) -> GeneratorConfig:
+        if self.num_gpus and max(1.0, self.num_gpus) != self.tensor_parallel_size:
+            raise ValueError(
+                f"generator.num_gpus is {self.num_gpus:g}, and an engine uses {self.tensor_parallel_size} "
+                "(generator.vllm.tensor_parallel_size, 1 by default): set both to the same number"
+            )
+        return self
+
 
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -160,7 +174,7 @@ class LearnerConfig(Section):
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each learner."""
     num_gpus: NonNegativeFloat = 0.0
-    """GPUs for each learner."""
+    """GPUs for each learner: 0 (CPU), 1, or with a single learner a share of one, e.g. 0.5."""
     label_selector: LabelSelector = {}
     """Labels of the nodes for learners, e.g. {raygrpo-role: learner}."""
     num_threads: PositiveInt | None = None
@@ -180,6 +194,20 @@ class LearnerConfig(Section):
         if not isinstance(given, dict) or not isinstance(given.get("deepspeed"), dict):
             return given
         return given | {"deepspeed": merge({"zero_optimization": {"stage": 1}}, given["deepspeed"])}
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> LearnerConfig:
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"learner.num_gpus is {self.num_gpus:g}, and a learner uses one GPU: set learner.num_gpus to 1 and "
+                "learner.num_workers to the number of GPUs"
+            )
+        if self.num_gpus % 1 and self.num_workers > 1:
+            raise ValueError(
+                f"learner.num_gpus is {self.num_gpus:g} with learner.num_workers {self.num_workers}: two learners on "
+                "one GPU cannot talk to each other (NCCL); set learner.num_gpus to 1, or learner.num_workers to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _deepspeed_options(self) -> LearnerConfig:
@@ -311,6 +339,28 @@ class RunConfig(Section):
                 f"generator.sampling has {cut} but algorithm.correction.level is none: completions would come from a "
                 "truncated distribution and be trained as if from the policy itself; set algorithm.correction.level to "
                 "token, or sample without cuts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_has_a_group(self) -> RunConfig:
+        baseline = self.algorithm.advantage.baseline
+        if self.group_size == 1 and baseline != "none":
+            raise ValueError(
+                f"group_size is 1 and algorithm.advantage.baseline {baseline}: a completion alone in its group has "
+                "nothing to be compared with, and nothing would be trained; set group_size to 2 or more, or "
+                "algorithm.advantage.baseline to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steered_slowly(self) -> RunConfig:
+        kl, completions = self.algorithm.kl, self.completions_per_step
+        if kl.target is not None and 5 * kl.horizon <= completions:  # the error is at most 0.2: algorithm/kl.py
+            raise ValueError(
+                f"algorithm.kl.horizon ({kl.horizon}) is too short for steps of {completions} completions "
+                "(groups_per_step x group_size): one step could turn kl.coef to 0 or below; set it above "
+                f"{completions // 5}, and well above for a coefficient that moves slowly"
             )
         return self
 
