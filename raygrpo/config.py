@@ -51,6 +51,9 @@ class ModelConfig(Section):
     """Train low-rank adapters and leave the model's own weights as they are; null: train all weights."""
 
 
+VLLM_GPU_MEMORY_SHARE = 0.92  # default of vLLM 0.32
+
+
 class GeneratorConfig(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples: vLLM, or transformers' own generation for machines without vLLM (slow)."""
@@ -78,7 +81,8 @@ class GeneratorConfig(Section):
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each generator."""
     num_gpus: NonNegativeFloat = 0.0
-    """GPUs for each generator."""
+    """GPUs for each generator: 0 (CPU, even where there are GPUs); a share of one, e.g. 0.5, of whose memory vLLM then
+    gets that share; or tensor_parallel_size."""
     label_selector: LabelSelector = {}
     """Labels of the nodes for generators, as Ray's label selectors take them: label -> `a`, `!a`, `in(a, b)` or
     `!in(a, b)`, e.g. {raygrpo-role: generator}; null: any node."""
@@ -104,6 +108,11 @@ class GeneratorConfig(Section):
     def tensor_parallel_size(self) -> int:
         """GPUs among which an engine divides its model."""
         return self.vllm.get("tensor_parallel_size", 1) if self.engine == "vllm" else 1
+
+    @property
+    def gpu_memory_share(self) -> float:
+        """Of the memory of each of its GPUs: what an engine may fill. vLLM's default, of its share of a GPU."""
+        return self.vllm.get("gpu_memory_utilization", VLLM_GPU_MEMORY_SHARE * min(1.0, self.num_gpus))
 
     @model_validator(mode="after")
     def _as_many_gpus_as_it_divides_its_model_among(self) -> GeneratorConfig:

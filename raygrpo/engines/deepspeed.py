@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raygrpo.config import LearnerConfig, OptimizerConfig
+from raygrpo.engines.checkpoint_names import CheckpointNames
 from raygrpo.types import RunStopped
 
 CHECKPOINT_TAG = "deepspeed"
@@ -83,6 +84,7 @@ class DeepSpeedEngine:
         # DeepSpeed allocates its reduction buckets whole, 2 GB each by default: no more than the parameters need.
         bucket_size = min(500_000_000, sum(p.numel() for p in parameters))
         config["zero_optimization"] = {"reduce_bucket_size": bucket_size} | config["zero_optimization"]
+        self._names = CheckpointNames(policy)
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
@@ -158,9 +160,14 @@ class DeepSpeedEngine:
         if path is None:
             raise RuntimeError(f"DeepSpeed did not find its checkpoint in {directory}")
 
+    def published_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """As `named_weights`, with the names and shapes of the model's checkpoint."""
+        for name, tensor in self.named_weights(trained_only=trained_only):
+            yield from self._names(name, tensor).items()
+
     @torch.no_grad()
     def named_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor on its device) of every parameter, or of those that are trained; tied ones
+        """(name in the model, full tensor on its device) of every parameter, or of those that are trained; tied ones
         once. Under ZeRO-3 in buckets, never the whole model at once: a tensor is valid until the next is asked for, and
         every rank must exhaust the iterator."""
         named: Any = self._policy.named_parameters()

@@ -24,7 +24,7 @@ def vllm_manager() -> Iterator[EngineManager]:
 
 @pytest.fixture(scope="session")
 def start_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """start_engine("vllm", "qwen3", tie=.., dtype=.., vllm={..}, **sampling) -> (engine, directory of its model)."""
+    """start_engine("vllm", "qwen3", tie=.., dtype=.., vllm={..}, config={..}, **sampling) -> (engine, its model's directory)."""
     started: dict[str, tuple[SamplingEngine, str]] = {}
 
     def start(
@@ -34,11 +34,14 @@ def start_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         tie: bool = True,
         dtype: str = "float32",
         vllm: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> tuple[SamplingEngine, str]:
-        key = repr((engine, architecture, tie, dtype, vllm, sampling))
+        key = repr((engine, architecture, tie, dtype, vllm, config, sampling))
         if key not in started:
-            path = str(tiny_model(tmp_path_factory.mktemp("model"), architecture, tie=tie, dtype=dtype, vocab_size=300))
+            directory = tmp_path_factory.mktemp("model")
+            shape = {"tie": tie, "dtype": dtype, "vocab_size": 300} | (config or {})
+            path = str(tiny_model(directory, architecture, **shape))
             generator = GeneratorConfig(
                 engine=engine,
                 sampling=SamplingConfig(**{"max_tokens": 24} | sampling),
