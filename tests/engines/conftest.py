@@ -24,7 +24,7 @@ def vllm_manager() -> Iterator[EngineManager]:
 
 @pytest.fixture(scope="session")
 def start_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """start_engine("vllm", "qwen3", tie=.., dtype=.., vllm={..}, config={..}, **sampling) -> (engine, its model's directory)."""
+    """start_engine("vllm", "qwen3", tie=.., dtype=.., vllm={..}, **sampling) -> (engine, directory of its model)."""
     started: dict[str, tuple[SamplingEngine, str]] = {}
 
     def start(
@@ -34,14 +34,11 @@ def start_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         tie: bool = True,
         dtype: str = "float32",
         vllm: dict[str, Any] | None = None,
-        config: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> tuple[SamplingEngine, str]:
-        key = repr((engine, architecture, tie, dtype, vllm, config, sampling))
+        key = repr((engine, architecture, tie, dtype, vllm, sampling))
         if key not in started:
-            directory = tmp_path_factory.mktemp("model")
-            shape = {"tie": tie, "dtype": dtype, "vocab_size": 300} | (config or {})
-            path = str(tiny_model(directory, architecture, **shape))
+            path = str(tiny_model(tmp_path_factory.mktemp("model"), architecture, tie=tie, dtype=dtype, vocab_size=300))
             generator = GeneratorConfig(
                 engine=engine,
                 sampling=SamplingConfig(**{"max_tokens": 24} | sampling),
