@@ -51,6 +51,9 @@ class ModelConfig(Section):
     """Train low-rank adapters and leave the model's own weights as they are; null: train all weights."""
 
 
+VLLM_GPU_MEMORY_SHARE = 0.92  # default of vLLM 0.32
+
+
 class GeneratorConfig(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples: vLLM, or transformers' own generation for machines without vLLM (slow)."""
@@ -78,7 +81,8 @@ class GeneratorConfig(Section):
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each generator."""
     num_gpus: NonNegativeFloat = 0.0
-    """GPUs for each generator."""
+    """GPUs for each generator: 0 (CPU, even where there are GPUs); a share of one, e.g. 0.5, of whose memory vLLM then
+    gets that share; or tensor_parallel_size."""
     label_selector: LabelSelector = {}
     """Labels of the nodes for generators, as Ray's label selectors take them: label -> `a`, `!a`, `in(a, b)` or
     `!in(a, b)`, e.g. {raygrpo-role: generator}; null: any node."""
@@ -97,6 +101,25 @@ class GeneratorConfig(Section):
         if self.target_groups is not None and self.max_actors is None:
             raise ValueError(
                 f"generator.target_groups ({self.target_groups}) sizes a pool that grows: set generator.max_actors too"
+            )
+        return self
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """GPUs among which an engine divides its model."""
+        return self.vllm.get("tensor_parallel_size", 1) if self.engine == "vllm" else 1
+
+    @property
+    def gpu_memory_share(self) -> float:
+        """Of the memory of each of its GPUs: what an engine may fill. vLLM's default, of its share of a GPU."""
+        return self.vllm.get("gpu_memory_utilization", VLLM_GPU_MEMORY_SHARE * min(1.0, self.num_gpus))
+
+    @model_validator(mode="after")
+    def _as_many_gpus_as_it_divides_its_model_among(self) -> GeneratorConfig:
+        if self.num_gpus and max(1.0, self.num_gpus) != self.tensor_parallel_size:
+            raise ValueError(
+                f"generator.num_gpus is {self.num_gpus:g}, and an engine uses {self.tensor_parallel_size} "
+                "(generator.vllm.tensor_parallel_size, 1 by default): set both to the same number"
             )
         return self
 
@@ -160,7 +183,7 @@ class LearnerConfig(Section):
     num_cpus: NonNegativeFloat = 0.5
     """CPUs that Ray reserves for each learner."""
     num_gpus: NonNegativeFloat = 0.0
-    """GPUs for each learner."""
+    """GPUs for each learner: 0 (CPU), 1, or with a single learner a share of one, e.g. 0.5."""
     label_selector: LabelSelector = {}
     """Labels of the nodes for learners, e.g. {raygrpo-role: learner}."""
     num_threads: PositiveInt | None = None
@@ -180,6 +203,20 @@ class LearnerConfig(Section):
         if not isinstance(given, dict) or not isinstance(given.get("deepspeed"), dict):
             return given
         return given | {"deepspeed": merge({"zero_optimization": {"stage": 1}}, given["deepspeed"])}
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> LearnerConfig:
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"learner.num_gpus is {self.num_gpus:g}, and a learner uses one GPU: set learner.num_gpus to 1 and "
+                "learner.num_workers to the number of GPUs"
+            )
+        if self.num_gpus % 1 and self.num_workers > 1:
+            raise ValueError(
+                f"learner.num_gpus is {self.num_gpus:g} with learner.num_workers {self.num_workers}: two learners on "
+                "one GPU cannot talk to each other (NCCL); set learner.num_gpus to 1, or learner.num_workers to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _deepspeed_options(self) -> LearnerConfig:
@@ -311,6 +348,28 @@ class RunConfig(Section):
                 f"generator.sampling has {cut} but algorithm.correction.level is none: completions would come from a "
                 "truncated distribution and be trained as if from the policy itself; set algorithm.correction.level to "
                 "token, or sample without cuts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_has_a_group(self) -> RunConfig:
+        baseline = self.algorithm.advantage.baseline
+        if self.group_size == 1 and baseline != "none":
+            raise ValueError(
+                f"group_size is 1 and algorithm.advantage.baseline {baseline}: a completion alone in its group has "
+                "nothing to be compared with, and nothing would be trained; set group_size to 2 or more, or "
+                "algorithm.advantage.baseline to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steered_slowly(self) -> RunConfig:
+        kl, completions = self.algorithm.kl, self.completions_per_step
+        if kl.target is not None and 5 * kl.horizon <= completions:  # the error is at most 0.2: algorithm/kl.py
+            raise ValueError(
+                f"algorithm.kl.horizon ({kl.horizon}) is too short for steps of {completions} completions "
+                "(groups_per_step x group_size): one step could turn kl.coef to 0 or below; set it above "
+                f"{completions // 5}, and well above for a coefficient that moves slowly"
             )
         return self
 

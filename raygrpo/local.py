@@ -68,9 +68,25 @@ def train_locally(
             "a local run hands the weights over in its own memory, which generator.weight_transfer (direct) does not "
             "change: leave it out"
         )
+    _require_room_on_the_gpu(config)
     run_dir = latest_run_directory(config) if resume else new_run_directory(config)
     with driver_log(run_info(config, run_dir), resume=resume):
         return _train(prepared, watcher, run_dir, resume_command)
+
+
+def _require_room_on_the_gpu(config: RunConfig) -> None:
+    """Raise ValueError for a vLLM that would leave the learner beside it nothing of the GPU that both use."""
+    generator, learner = config.generator, config.learner
+    limits = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+    if generator.engine != "vllm" or not learner.num_gpus or limits & set(generator.vllm):
+        return
+    if generator.num_gpus and learner.num_gpus + generator.num_gpus > 1:
+        raise ValueError(
+            f"a local run has learner and generator on one GPU, of which vLLM would fill "
+            f"{generator.gpu_memory_share:.0%}: learner.num_gpus ({learner.num_gpus:g}) and generator.num_gpus "
+            f"({generator.num_gpus:g}) must be shares of it, e.g. 0.5 and 0.5; or set "
+            "generator.vllm.gpu_memory_utilization"
+        )
 
 
 def _train(prepared: PreparedRun, watcher: Watcher, run_dir: Path, resume_command: str | None) -> RunResult:

@@ -90,6 +90,7 @@ class RoleMemory:
     role: str
     num_processes: int
     num_gpus: float  # of each; 0: `device` lies in the host's memory too
+    gpu_memory_share: float = 1.0  # of each GPU's memory, what it may fill
     device: tuple[Part, ...]
     host: tuple[Part, ...]
 
@@ -220,7 +221,14 @@ def _learner(config: RunConfig, size: ModelSize) -> RoleMemory:
         parts.append(Part(name="published weights", num_bytes=kept * published, why=why))
     else:
         host.append(Part(name="packed weights", num_bytes=published, why="rank 0, at each publish", when="in a step"))
-    return RoleMemory(role="learner", num_processes=n, num_gpus=learner.num_gpus, device=tuple(parts), host=tuple(host))
+    return RoleMemory(
+        role="learner",
+        num_processes=n,
+        num_gpus=learner.num_gpus,
+        gpu_memory_share=min(1.0, learner.num_gpus),
+        device=tuple(parts),
+        host=tuple(host),
+    )
 
 
 def _generator(config: RunConfig, size: ModelSize, prompt_tokens: int) -> RoleMemory:
@@ -249,7 +257,14 @@ def _generator(config: RunConfig, size: ModelSize, prompt_tokens: int) -> RoleMe
     if generator.num_gpus:
         per_gpu = DEVICE_BYTES * max(1.0, generator.num_gpus)
         parts.append(Part(name="device", num_bytes=per_gpu, why="allowance: context, workspaces, CUDA graphs"))
+    ranks = generator.tensor_parallel_size
     host = [Part(name="process", num_bytes=PROCESS_BYTES, why="allowance: libraries")]
+    if ranks > 1:
+        host.append(Part(name="ranks", num_bytes=ranks * PROCESS_BYTES, why="the same for each: tensor_parallel_size"))
+    if ranks > 1 and generator.weight_transfer == "object_store":
+        why = f"{ranks} P b: vLLM hands them to each rank whole"
+        received = ranks * size.num_parameters * b
+        host.append(Part(name="weights that come in", num_bytes=received, why=why, when="in a step"))
     if config.model.lora is not None:
         merged = 2 * size.num_parameters * b
         host.append(Part(name="base and merged weights", num_bytes=merged, why="2 P b: adapters are merged here"))
@@ -257,6 +272,7 @@ def _generator(config: RunConfig, size: ModelSize, prompt_tokens: int) -> RoleMe
         role="generator",
         num_processes=generator.num_actors,
         num_gpus=generator.num_gpus,
+        gpu_memory_share=generator.gpu_memory_share,
         device=tuple(parts),
         host=tuple(host),
     )
@@ -275,7 +291,7 @@ def misfits(roles: Sequence[RoleMemory], *, gpu_bytes: float | None, host_bytes:
     sentences = []
     for role in roles:
         if role.num_gpus and gpu_bytes is not None:
-            available = gpu_bytes * min(1.0, role.num_gpus)
+            available = gpu_bytes * role.gpu_memory_share
             if role.gpu_share > available:
                 sentences.append(
                     f"a {role.role} needs about {role.gpu_share / GIB:.1f} GiB of each GPU, of which it has "

@@ -215,9 +215,9 @@ def cluster_of(monkeypatch, *nodes: dict[str, Any]) -> None:
 
 def test_a_cluster_may_have_more_gpus_than_this_machine(invoke, monkeypatch):
     cluster_of(monkeypatch, {"Labels": {}, "Resources": {"CPU": 8, "GPU": 8}})
-    assert invoke("learner.num_gpus=8").exit_code == 0
-    result = invoke("learner.num_gpus=9")
-    assert result.exit_code == 1 and "hold 0 of 1 learner processes" in result.output
+    assert invoke("generator.num_gpus=1", "generator.num_actors=8").exit_code == 0
+    result = invoke("generator.num_gpus=1", "generator.num_actors=9")
+    assert result.exit_code == 1 and "hold 8 of 9 generator processes" in result.output
 
 
 def test_a_selector_that_no_node_of_the_cluster_satisfies_is_a_problem(invoke, monkeypatch):

@@ -256,12 +256,46 @@ def test_a_function_stays_a_function(load):
             {"generator": {"weight_transfer": "direct", "num_gpus": 0.5}, "learner": {"num_gpus": 1}},
             ["generator.weight_transfer is direct", "learner.num_gpus 1", "generator.num_gpus 0.5"],
         ),
+        ({"learner": {"num_gpus": 2}}, ["learner.num_gpus is 2", "learner.num_workers"]),
+        (
+            {"groups_per_step": 2, "learner": {"num_gpus": 0.5, "num_workers": 2}},
+            ["learner.num_gpus is 0.5", "learner.num_workers 2"],
+        ),
+        (
+            {"generator": {"num_gpus": 1, "vllm": {"tensor_parallel_size": 2}}},
+            ["generator.num_gpus is 1", "uses 2", "tensor_parallel_size"],
+        ),
+        ({"generator": {"num_gpus": 2}}, ["generator.num_gpus is 2", "uses 1", "tensor_parallel_size"]),
+        ({"generator": {"engine": "transformers", "num_gpus": 2}}, ["generator.num_gpus is 2", "uses 1"]),
+        ({"group_size": 1}, ["group_size is 1", "algorithm.advantage.baseline group"]),
+        ({"group_size": 1, "algorithm": "rloo"}, ["group_size is 1", "algorithm.advantage.baseline leave_one_out"]),
+        (
+            {"groups_per_step": 4, "group_size": 5, "algorithm": {"kl": {"coef": 0.1, "target": 0.1, "horizon": 4}}},
+            ["algorithm.kl.horizon (4)", "20 completions"],
+        ),
     ],
 )
 def test_a_bad_combination_is_refused_with_both_values(load, settings, values):
     message = refusal(load, **settings)
     for value in values:
         assert value in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learner": {"num_gpus": 0.5}},
+        {"groups_per_step": 2, "learner": {"num_gpus": 1, "num_workers": 2}},
+        {"generator": {"num_gpus": 0.5}},
+        {"generator": {"num_gpus": 2, "vllm": {"tensor_parallel_size": 2}}},
+        {"generator": {"vllm": {"tensor_parallel_size": 2}}},  # among CPUs
+        {"group_size": 1, "algorithm": {"advantage": {"baseline": "none", "scale": "none", "whiten": "rollouts"}}},
+        {"groups_per_step": 4, "group_size": 5, "algorithm": {"kl": {"coef": 0.1, "target": 0.1, "horizon": 5}}},
+        {"groups_per_step": 4, "group_size": 5, "algorithm": {"kl": {"coef": 0.1, "horizon": 4}}},  # not steered
+    ],
+)
+def test_what_only_looks_like_such_a_combination_is_accepted(load, settings):
+    load(**settings)
 
 
 @pytest.mark.parametrize("value", [3, None, "stage3", [3]])

@@ -85,6 +85,29 @@ def rewards(result: RunResult) -> list[float]:
     return [metrics["reward/mean"] for metrics in result.history.values()]
 
 
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (["learner.num_gpus=1", "generator.num_gpus=1"], True),
+        (["learner.num_gpus=1", "generator.num_gpus=0.5"], True),
+        (["learner.num_gpus=0.5", "generator.num_gpus=0.5"], False),
+        (["learner.num_gpus=1", "generator.num_gpus=1", "generator.vllm.gpu_memory_utilization=0.4"], False),
+        (["learner.num_gpus=1", "generator.num_gpus=1", "generator.engine=transformers"], False),
+        (["generator.num_gpus=1"], False),
+        (["learner.num_gpus=1"], False),
+    ],
+)
+def test_learner_and_vllm_share_a_gpu_as_their_settings_say(settings, refused, run, monkeypatch):
+    monkeypatch.setattr("raygrpo.local._train", lambda *_: "trained")
+    if refused:
+        with pytest.raises(
+            ValueError, match=r"learner.num_gpus \(1\) and generator.num_gpus \((1|0.5)\) must be shares"
+        ):
+            run("generator.engine=vllm", *settings)
+    else:
+        assert run("generator.engine=vllm", *settings)[0] == "trained"
+
+
 def test_a_run_trains_reports_and_goes_on(run):
     whole, recorder = run("name=whole")
     assert recorder.steps == [0, 1, 2] and recorder.phases[-1] == "training" and recorder.warnings == []

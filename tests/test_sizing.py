@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from raygrpo.lora import add_adapters
 from raygrpo.shared_prefix import SharedPrefixBatch, enable_shared_prefix, score_completions
 from raygrpo.sizing import (
     GIB,
+    PROCESS_BYTES,
     ModelSize,
     Part,
     activation_bytes,
@@ -210,6 +212,30 @@ def test_a_role_that_does_not_fit_is_named_with_both_figures():
     assert sentence.startswith("a learner needs about ") and sentence.endswith("of which it has 80.0 GiB")
     assert misfits(needs, gpu_bytes=400 * GIB, host_bytes=1000 * GIB) == []
     assert "host's memory, of which there are 1.0 GiB" in misfits(needs, gpu_bytes=400 * GIB, host_bytes=GIB)[0]
+
+
+def test_what_a_process_may_fill_of_a_shared_gpu_is_what_it_is_measured_by():
+    size = ModelSize.of(QWEN3_8B)
+
+    def available(**settings: Any) -> list[str]:
+        config = run_config(model={"dtype": "bfloat16"}, **settings)
+        sentences = misfits(memory(config, size, 100), gpu_bytes=20 * GIB, host_bytes=1000 * GIB)
+        return [sentence.rpartition("has ")[2] for sentence in sentences]
+
+    assert available(learner={"num_gpus": 0.5}, generator={"num_gpus": 0.5}) == ["10.0 GiB", "9.2 GiB"]
+    assert available(generator={"num_gpus": 1, "vllm": {"gpu_memory_utilization": 0.25}}) == ["5.0 GiB"]
+
+
+def test_every_rank_of_an_engine_receives_the_whole_model():
+    size = ModelSize.of(QWEN3_8B)
+
+    def host(**generator: Any) -> float:
+        return memory(run_config(model={"dtype": "bfloat16"}, generator=generator), size, 100)[1].host_peak
+
+    two = {"num_gpus": 2, "vllm": {"tensor_parallel_size": 2}}
+    ranks = 2 * PROCESS_BYTES
+    assert host(**two) - host(num_gpus=1) == ranks + 2 * 2 * size.num_parameters
+    assert host(**two, weight_transfer="direct") - host(num_gpus=1) == ranks
 
 
 def test_a_process_without_a_gpu_holds_everything_in_the_hosts_memory():

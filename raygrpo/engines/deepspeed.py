@@ -8,7 +8,7 @@ training with a varying number of micro-batches takes; the loss and the batches 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raygrpo.config import LearnerConfig, OptimizerConfig
+from raygrpo.engines.checkpoint_names import CheckpointNames
 from raygrpo.types import RunStopped
 
 CHECKPOINT_TAG = "deepspeed"
@@ -83,6 +84,7 @@ class DeepSpeedEngine:
         # DeepSpeed allocates its reduction buckets whole, 2 GB each by default: no more than the parameters need.
         bucket_size = min(500_000_000, sum(p.numel() for p in parameters))
         config["zero_optimization"] = {"reduce_bucket_size": bucket_size} | config["zero_optimization"]
+        self._names = CheckpointNames(policy)
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
@@ -119,11 +121,35 @@ class DeepSpeedEngine:
         return norm, rate
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are
-        given."""
-        self._engine.save_checkpoint(
-            str(directory), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
-        )
+        """Write this rank's share of weights, master weights and optimizer into a directory that all ranks are given.
+
+        Raises OSError or RuntimeError where that failed, on this rank alone, once all ranks are through: DeepSpeed
+        gathers parameters and waits for all ranks after it has written, and a rank that left before would be missed
+        there.
+        """
+        failures: list[Exception] = []
+
+        def kept(write: Callable[..., object]) -> Callable[..., None]:
+            """The same, but its error waits."""
+
+            def attempt(*args: Any, **kwargs: Any) -> None:
+                try:
+                    write(*args, **kwargs)
+                except (OSError, RuntimeError) as error:
+                    failures.append(error)
+
+            return attempt
+
+        writer = self._engine.checkpoint_engine
+        writer.save, self._engine._copy_recovery_script = kept(writer.save), kept(self._engine._copy_recovery_script)
+        try:
+            self._engine.save_checkpoint(
+                str(directory), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+            )
+        finally:
+            del writer.save, self._engine._copy_recovery_script
+        if failures:
+            raise failures[0]
 
     def load(self, directory: str | Path) -> None:
         """Read back what `save` wrote with as many ranks and the same ZeRO stage. The files are pickles: verify their
@@ -134,9 +160,14 @@ class DeepSpeedEngine:
         if path is None:
             raise RuntimeError(f"DeepSpeed did not find its checkpoint in {directory}")
 
+    def published_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """As `named_weights`, with the names and shapes of the model's checkpoint."""
+        for name, tensor in self.named_weights(trained_only=trained_only):
+            yield from self._names(name, tensor).items()
+
     @torch.no_grad()
     def named_weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor on its device) of every parameter, or of those that are trained; tied ones
+        """(name in the model, full tensor on its device) of every parameter, or of those that are trained; tied ones
         once. Under ZeRO-3 in buckets, never the whole model at once: a tensor is valid until the next is asked for, and
         every rank must exhaust the iterator."""
         named: Any = self._policy.named_parameters()

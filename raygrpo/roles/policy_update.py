@@ -162,6 +162,7 @@ class PolicyUpdater:
             metrics.setdefault(name, max(values) if name.endswith("_max") else sum(values) / len(values))
         if self._settings.kl.target is not None:
             metrics["policy/kl_coef"] = self.kl_coef
+        if self._settings.kl.target is not None and "policy/kl" in metrics:  # not where no token counted
             num_rollouts = int(metrics["completions/num"])
             self.kl_coef = adapt_kl_coef(self.kl_coef, metrics["policy/kl"], num_rollouts, self._settings)
         sizes = [len(s.group.rollouts) for s in scored]
@@ -235,8 +236,8 @@ class PolicyUpdater:
             "completions/max_length": float(lengths.max()),
             "completions/clipped_ratio": float(truncated.mean()),
         }
-        if ref_logprobs is not None and self._kl_in_reward:
-            metrics["policy/kl"] = float(kl_w.sum() / counted.sum().clamp(min=1))
+        if ref_logprobs is not None and self._kl_in_reward and counted.any():
+            metrics["policy/kl"] = float(kl_w.sum() / counted.sum())
         rank = dist.get_rank()
         first = sum(len(part) for part in gathered[:rank])
         return advantages[first : first + num_rollouts].float().to(self._device), metrics

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from raygrpo.config import LearnerConfig, OptimizerConfig
@@ -253,3 +258,38 @@ def test_the_policy_trains_after_its_weights_were_read():
         list(engines[0].named_weights())
     read, unread = ({name: tensor.clone() for name, tensor in engine.named_weights()} for engine in engines)
     assert read.keys() == unread.keys() and all(torch.equal(read[name], unread[name]) for name in read)
+
+
+# Checkpoints that cannot be written.
+
+FILES = {  # rank whose write fails -> a file of it
+    0: "zero_to_fp32.py",
+    1: f"{engine_module.CHECKPOINT_TAG}/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+}
+
+
+def save_on_two_ranks(rank: int, directory: str) -> None:
+    """Save with each rank in turn unable to write, then with both able."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2, timeout=limit)
+    engine = make_engine(tied_model(), 3, deepspeed={"zero_optimization": {"stage": 3}})
+    for failing, file in (FILES | {None: ""}).items():
+        target = Path(directory, f"of-{failing}")
+        (target / file).mkdir(parents=True, exist_ok=True)  # where a file should be written
+        dist.barrier()
+        try:
+            engine.save(target)
+            failed = False
+        except (OSError, RuntimeError):
+            failed = True
+        assert failed == (rank == failing)
+    Path(directory, f"passed-{rank}").touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes start
+def test_a_rank_that_cannot_write_holds_up_no_other(tmp_path):
+    mp.spawn(save_on_two_ranks, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"passed-{rank}").exists() for rank in range(2)] == [True, True]

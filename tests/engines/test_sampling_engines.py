@@ -10,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raygrpo.config import GeneratorConfig, LearnerConfig, ModelConfig, SamplingConfig
 from raygrpo.direct_transfer import WeightsServer
-from raygrpo.engines.sampling import EngineDeadError
+from raygrpo.engines.deepspeed import DeepSpeedEngine
+from raygrpo.engines.sampling import EngineDeadError, checkpoint_shapes, make_engine
 from raygrpo.eval_config import EvalSamplingConfig
 from raygrpo.types import Rollout, TransferError
+from tests.engines.vllm_process import KV_CACHE_BYTES, vllm_process
 from tests.tiny_models import tiny_model
 
 PROMPT = [(7 * i) % 250 for i in range(100)]  # three blocks of vLLM's prefix cache and a bit
@@ -426,3 +429,54 @@ def test_scoring_nothing_or_too_much_is_refused(start_engine, engine_name):
     for prompt_ids, completion_ids in (([], [1]), ([1], []), (PROMPT, PROMPT + OTHER_PROMPT * 2)):
         with pytest.raises(ValueError, match="cannot score"):
             engine.score(prompt_ids, completion_ids)
+
+
+def test_transformers_samples_on_the_cpu_unless_a_gpu_was_reserved(tmp_path, monkeypatch):
+    path = str(tiny_model(tmp_path, vocab_size=300))
+    model, cpu = ModelConfig(path=path), GeneratorConfig(engine="transformers")
+    with pytest.raises(ValueError, match=r"generator.num_gpus is 1, and torch sees no GPU"):
+        make_engine(model, cpu.model_copy(update={"num_gpus": 1.0}), max_model_len=64, num_threads=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that others use
+    engine = make_engine(model, cpu, max_model_len=64, num_threads=1)
+    assert len(engine.score([1, 2], [3])) == 1
+
+
+@pytest.fixture(scope="module")
+def make_expert_engine(request):
+    """Like make_engine, of a name. vLLM makes a group for experts only where the first engine of a process has some."""
+
+    def make(engine: str, model: ModelConfig) -> Any:
+        settings = GeneratorConfig(
+            engine=engine,
+            sampling=SamplingConfig(max_tokens=5),
+            vllm={"kv_cache_memory_bytes": KV_CACHE_BYTES} if engine == "vllm" else {},
+        )
+        make = request.getfixturevalue("expert_manager").make_engine if engine == "vllm" else make_engine
+        return make(model, settings, max_model_len=128, num_threads=1)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expert_manager():
+    with vllm_process() as manager:
+        yield manager
+
+
+@both_engines
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_weights_of_a_mixture_of_experts_are_published_under_the_names_of_its_checkpoint(
+    architecture, engine_name, make_expert_engine, process_group, tmp_path
+):
+    """The learner's model holds the experts of a layer as one parameter, its checkpoint and the engines do not."""
+    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    first, other = (
+        tiny_model(tmp_path / str(seed), architecture, tie=False, seed=seed, vocab_size=300, **sizes) for seed in (0, 1)
+    )
+    engine = make_expert_engine(engine_name, ModelConfig(path=str(first)))
+    learner = DeepSpeedEngine(load(other), LearnerConfig(), dtype="float32", num_updates=1)
+    names = {name for name, _ in learner.published_weights()}
+    assert names == set(checkpoint_shapes(str(other), tied_head=False)) != {name for name, _ in learner.named_weights()}
+    engine.load_weights(dict(learner.published_weights()))
+    for rollout in sample(engine, {"a": (PROMPT, [1, 2])})["a"]:
+        assert logprob_error(load(other), PROMPT, rollout) < TOLERANCE

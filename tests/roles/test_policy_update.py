@@ -286,6 +286,20 @@ def test_a_steered_coefficient_moves_with_the_kl_and_is_reported(model_dir, step
     assert [m["policy/kl_coef"] for m in metrics] == pytest.approx([0.4, 0.4 * 0.8])
 
 
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+def test_a_step_in_which_no_token_counts_does_not_steer(placement, model_dir, steps_of):
+    cut = [
+        replace(g, group=replace(g.group, rollouts=[replace(r, finish_reason="length") for r in g.group.rollouts]))
+        for g in steps_of("plain")[0]
+    ]
+    kl = {"coef": 0.4, "target": 1e-4, "horizon": 44, "placement": placement}
+    algorithm = AlgorithmConfig.model_validate({"kl": kl, "overlong": {"mask": True}})
+    config = case_config(model_dir, "plain").model_copy(update={"algorithm": algorithm})
+    metrics = run_updates(0, 1, config, [cut, steps_of("plain")[1]])["metrics"]
+    assert [m["policy/kl_coef"] for m in metrics] == [0.4, 0.4]
+    assert ["policy/kl" in m for m in metrics] == [False, True]
+
+
 def test_the_steered_coefficient_is_the_one_that_trains(model_dir, steps_of):
     """A second step with the coefficient moved equals one that was configured so."""
     config = case_config(model_dir, "kl_in_loss")
