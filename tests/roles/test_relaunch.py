@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from raygrpo.config import GeneratorConfig
 from raygrpo.roles.generator_pool import GeneratorPool
@@ -21,6 +22,16 @@ class Unstartable(FakeGenerator):
         if Path(mark).exists():
             raise OSError("no memory is left")
         super().__init__(name, Script())
+
+
+async def is_not_given_up(actor: Any) -> bool:
+    try:
+        await actor.status.remote()
+    except ActorDiedError:
+        return False
+    except ActorUnavailableError:  # it is being restarted
+        pass
+    return True
 
 
 @pytest.mark.slow
@@ -41,8 +52,10 @@ def test_an_actor_that_ray_has_given_up_is_launched_again(ray_session, tmp_path)
         first = pool.generators["b"]
         mark.touch()
         ray_session.kill(first, no_restart=False)
-        pool.quarantine("b", restart=False)
         async with asyncio.timeout(60):
+            while await is_not_given_up(first):
+                await asyncio.sleep(0.1)
+            pool.quarantine("b", restart=False)
             while not warnings:
                 await asyncio.sleep(0.01)
             mark.unlink()
