@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,15 +82,15 @@ class GeneratorLauncher:
     max_model_len: int
     run: RunInfo
 
-    def __call__(self, name: str) -> Any:
+    def __call__(self, name: str, again: bool = False) -> Any:
+        """again: in place of one that cannot be started, whose name Ray may still keep."""
         import ray
 
         from raygrpo.roles.generator import Generator
 
         settings = self.config.generator
         actor = ray.remote(Generator).options(
-            name=f"{self.run.name}-{name}",
-            get_if_exists=True,  # a controller that was restarted may ask for one that its predecessor had launched
+            name=f"{self.run.name}-{name}" + (f"-{time.time_ns()}" if again else ""),
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
             label_selector=settings.label_selector,

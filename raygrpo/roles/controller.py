@@ -81,12 +81,12 @@ class RolloutController:
         eval_settings: EvalConfig | None = None,
         num_steps: int = sys.maxsize,
         watchdog: WatchdogConfig | None = None,
-        launch: Callable[[str], ActorHandle] | None = None,
+        launch: Callable[..., ActorHandle] | None = None,
         find_unplaced: Callable[[], Unplaced] | None = None,
         run: RunInfo | None = None,
     ):
-        """prompts, generators: None where `set_up` brings them. launch: makes a further generator of this name, for a
-        pool that grows. find_unplaced: asks Ray what of the run waits for a machine. run: whose log, gauges and
+        """prompts, generators: None where `set_up` brings them. launch: makes further generators, as the
+        pool needs them. find_unplaced: asks Ray what of the run waits for a machine. run: whose log, gauges and
         watchdog's reports this writes; without it there are none."""
         if run is not None:
             open_log(run, "controller")

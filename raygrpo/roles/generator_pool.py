@@ -46,9 +46,10 @@ class GeneratorPool:
         settings: GeneratorConfig,
         changed: asyncio.Condition,
         warn: Callable[[str], None],
-        launch: Callable[[str], ActorHandle] | None = None,
+        launch: Callable[..., ActorHandle] | None = None,
     ):
-        """launch: makes a generator of this name; without it the pool stays as it is."""
+        """launch(name, again=False): makes a generator of this name, again where one of that name cannot be started;
+        without it the pool stays as it is."""
         self.generators: dict[str, Any] = {}  # handles
         self.healthy: set[str] = set()
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
@@ -302,7 +303,7 @@ class GeneratorPool:
             self.dead[name] = last_line(error)
             return False
         self._warn(f"{name} could not be started: launched again ({num} of {MAX_RELAUNCHES}): {last_line(error)}")
-        self.generators[name] = self._launch(name)
+        self.generators[name] = self._launch(name, again=True)
         return True
 
     # Size.

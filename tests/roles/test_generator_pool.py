@@ -45,7 +45,7 @@ class Launcher:
         self.num = 0
         self._on_start = on_start
 
-    def __call__(self, name: str) -> Mortal:
+    def __call__(self, name: str, again: bool = False) -> Mortal:
         on_start = self._on_start
         self.made[name] = Mortal(name, None if on_start is None else lambda version: on_start())
         self.num += 1
