@@ -60,9 +60,9 @@ def check_logprobs(forward: Callable, batch: SharedPrefixBatch, logprobs: Tensor
     sharded model makes the same ones; of a long completion some tokens are compared, evenly spread, so that no more
     logits exist than _NUM_TOKENS rows.
     """
-    chosen: list[int | None] = [index for index, length in enumerate(batch.lengths) if length][-_NUM_COMPLETIONS:]
+    chosen = [index for index, length in enumerate(batch.lengths) if length][-_NUM_COMPLETIONS:]
     by_completion = batch.split(logprobs)
-    for index in chosen + [None] * (_NUM_COMPLETIONS - len(chosen)):
+    for index in [*chosen, *[None] * (_NUM_COMPLETIONS - len(chosen))]:
         ids, context = ([0, 0], 1) if index is None else batch.sequence(index)
         length = len(ids) - context
         tokens = torch.linspace(0, length - 1, min(length, _NUM_TOKENS)).round().long()
