@@ -103,6 +103,10 @@ def train(
         _fail(f"training failed: {error}")
     except KeyboardInterrupt:
         _fail(f"stopped; go on with: {command}")
+    except Exception as error:
+        if not _is_of_the_machine(error):
+            raise
+        _fail(f"training failed: {_in_a_line(error)}")
     seconds = time.monotonic() - start_s
     print_summary(
         Console(),
@@ -435,6 +439,19 @@ def _or_exit(action: Callable[[], Result]) -> Result:
         return action()
     except ValueError as error:
         _fail(str(error))
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Disks and networks, and what Ray says of its processes; anything else is ours and deserves its traceback."""
+    from ray.exceptions import RayError
+
+    return isinstance(error, OSError | RayError)
+
+
+def _in_a_line(error: Exception) -> str:
+    from raygrpo.launch import root_cause
+
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {root_cause(error)}"
 
 
 def _fail(message: str) -> NoReturn:

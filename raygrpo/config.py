@@ -169,7 +169,8 @@ class LearnerConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     max_logprob_diff: PositiveFloat = 0.2
     """The run stops when, in the first step, generator and learner differ by more in the mean log-probability of a
-    token: they then do not compute the same model."""
+    token: they then do not compute the same model. Sampling with top_p may add -log(top_p) to it; with top_k or min_p
+    nothing is checked, which is warned of."""
     skip_zero_advantages: bool = True
     """Encode no group whose advantages are all zero. Exact, and so done only while neither a KL penalty in the loss nor
     an entropy bonus gives such tokens a gradient; the loss's denominator still counts them."""

@@ -51,9 +51,20 @@ def connect_to_ray(config: RunConfig, *, verbose: bool) -> Iterator[str | None]:
         options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     dashboard = _start_ray(options)
     try:
+        if "address" in options:  # a cluster that was there may grow
+            _require_gpus(demand.num_gpus, ray.cluster_resources().get("GPU", 0.0))
         yield dashboard
     finally:
         ray.shutdown()
+
+
+def _require_gpus(needed: float, there: float) -> None:
+    """Raise ValueError where the run's processes would wait for GPUs that never come."""
+    if needed > there:
+        raise ValueError(
+            f"the run asks for {needed:g} GPUs (generator.num_actors x generator.num_gpus + learner.num_workers x "
+            f"learner.num_gpus), and this machine has {there:g}: set RAY_ADDRESS to a cluster, or lower these"
+        )
 
 
 def _start_ray(options: dict[str, Any]) -> str | None:

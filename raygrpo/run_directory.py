@@ -38,8 +38,16 @@ class RunResult:
 
 
 def new_run_directory(config: RunConfig) -> Path:
-    """output_dir/<name>-<time>, new. `output_dir/<name>-latest` points to it."""
+    """output_dir/<name>-<time>, new. `output_dir/<name>-latest` points to it. Raises ValueError where that cannot be
+    written."""
     root = Path(config.output_dir).expanduser().absolute()
+    try:
+        return _make_run_directory(root, config)
+    except OSError as error:
+        raise ValueError(f"output_dir ({root}) cannot be written: {error.strerror}: {error.filename}") from error
+
+
+def _make_run_directory(root: Path, config: RunConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for attempt in range(100):
         run_dir = root / (f"{config.name}-{stamp}" + (f"-{attempt}" if attempt else ""))

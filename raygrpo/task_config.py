@@ -5,6 +5,7 @@ Training and evaluation (eval_config.py) have one of each. config.py puts them i
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
@@ -113,3 +114,10 @@ class SamplingConfig(Section):
     """Sample among the k most likely tokens only; -1: all."""
     min_p: Probability = 0.0
     """Leave out tokens less likely than this share of the most likely one."""
+
+    @property
+    def most_that_cuts_add(self) -> float:
+        """Bound of what top_p, top_k and min_p together add to the log-probability of a sampled token, which the
+        sampler gives as that of the distribution it drew from: minus the log of the probability that is left in. top_p
+        leaves at least top_p; the others have no bound."""
+        return math.inf if self.top_k > 0 or self.min_p > 0 else -math.log(self.top_p)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.exceptions
 import yaml
 from typer.testing import CliRunner
 
@@ -353,3 +354,35 @@ def test_a_reward_that_is_not_there(invoke):
     assert "unknown reward 'exact_mach': did you mean 'exact_match'?" in message
     message = refusal(invoke, reward={"functions": [{"use": "nowhere:f"}]})
     assert "there is no module 'nowhere'" in message
+
+
+def test_an_output_directory_that_cannot_be_written(invoke, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("--local", f"output_dir={tmp_path / 'file'}", command="train")
+    assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+    assert f"training failed: output_dir ({tmp_path / 'file'}) cannot be written: Not a directory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "log"), "training failed: [Errno 28] No space left on device: 'log'"),
+        (ray.exceptions.RaySystemError("gone\nthe node died"), "training failed: RaySystemError: the node died"),
+    ],
+)
+def test_what_the_machine_does_to_a_run_is_a_line(error, said, invoke, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("raygrpo.train.train", fail)
+    result = invoke(command="train")
+    assert isinstance(result.exception, SystemExit) and said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(invoke, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("raygrpo.train.train", fail)
+    assert isinstance(invoke(command="train").exception, KeyError)

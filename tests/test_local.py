@@ -245,6 +245,16 @@ def test_generators_that_compute_another_model_stop_the_run(run):
         run("learner.max_logprob_diff=1.0e-12")
 
 
+def test_a_cut_of_what_is_sampled_from_is_no_other_model(run):
+    """Sampler and learner do differ by more than the bound, which only top_p says how far."""
+    result, recorder = run("generator.sampling.top_p=0.3", "learner.max_logprob_diff=0.01", "num_steps=1")
+    assert recorder.warnings == [] and result.history[0]["sampling/logprob_diff"] > 0.01
+    result, recorder = run("generator.sampling.top_k=2", "learner.max_logprob_diff=0.01", "num_steps=1", "name=other")
+    assert result.history[0]["sampling/logprob_diff"] > 0.01
+    [warning] = recorder.warnings
+    assert "is not checked (learner.max_logprob_diff): top_k or min_p" in warning
+
+
 def test_steps_in_which_all_rewards_are_equal_train_nothing_and_are_no_error(run):
     """Also the first, in which the learner would compare itself with the generator."""
     result, _ = run("reward.functions=[{use: local_task:hopeless}]")

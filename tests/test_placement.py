@@ -108,3 +108,26 @@ def test_a_run_on_labelled_nodes_waits_loudly_and_places_every_role():
         assert [problem for problem in run["problems"] if problem.startswith(lacking)] == run["problems"]
         assert any("no machine has room for" in text and lacking in text for text in run["warnings"])
         assert run["problems_later"] == []
+
+
+@pytest.mark.parametrize(("address", "refused"), [(None, True), ("10.0.0.1:6379", False)])
+def test_gpus_that_never_come_are_refused_where_ray_is_the_runs_own(address, refused, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr("raygrpo.connect._start_ray", lambda options: "dashboard")
+    monkeypatch.setenv("RAY_ADDRESS", address) if address else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connect_to_ray(run_config(learner={"num_gpus": 0.5}, generator={"num_gpus": 0.5}), verbose=False) as there:
+        assert there == "dashboard"
+    config = run_config(learner={"num_gpus": 1}, generator={"num_gpus": 1})
+    if refused:
+        with (
+            pytest.raises(ValueError, match=r"asks for 2 GPUs .*, and this machine has 1: set RAY_ADDRESS"),
+            connect_to_ray(config, verbose=False),
+        ):
+            raise AssertionError("connected")
+    else:
+        with connect_to_ray(config, verbose=False) as there:
+            assert there == "dashboard"

@@ -339,10 +339,18 @@ class Learner:
         if metrics["policy/skipped_token_fraction"] == 1:  # nothing was encoded: there is nothing to compare yet
             return
         difference, limit = metrics["sampling/logprob_diff"], self._config.learner.max_logprob_diff
-        if not difference <= limit:
+        by_cuts = self._config.generator.sampling.most_that_cuts_add
+        if not difference <= limit + by_cuts:
+            allowed = f", and generator.sampling.top_p can add {by_cuts:.3g}" * (by_cuts > 0)
             raise RunStopped(
                 f"generator and learner differ by {difference:.3g} in the mean log-probability of a token "
-                f"(learner.max_logprob_diff is {limit:g}): they do not compute the same model"
+                f"(learner.max_logprob_diff is {limit:g}{allowed}): they do not compute the same model"
+            )
+        if by_cuts == math.inf and self._rank == 0:
+            self._link.warn(
+                "whether generator and learner compute the same model is not checked (learner.max_logprob_diff): top_k "
+                "or min_p of generator.sampling cut what is sampled from, which explains any difference "
+                f"({difference:.3g} in the mean log-probability of a token)"
             )
         self._is_checked = True
 

@@ -263,7 +263,6 @@ class PolicyUpdater:
         kept = [group for index, group in enumerate(groups) if index not in skip]
         passes = plan_passes(kept, self._max_tokens, min_shared_head=self._min_shared_head)
         counts = PassCounts.maximum(_all_gather_objects(passes.counts))
-        counts = PassCounts(max(counts.streams, 1), counts.split_parts)  # DeepSpeed needs a backward before a step
         parts: list[dict[str, Any]] = []
 
         def loss_fn(logprobs: Tensor, part: Part) -> Tensor:
@@ -301,6 +300,7 @@ class PolicyUpdater:
             min_shared_head=self._min_shared_head,
             backward=self._engine.backward,
             counts=counts,
+            at_least_one=True,
         )
         norm, rate = self._engine.step(update)
         combined = {name: float(value) for name, value in combine_metrics(parts).items()}

@@ -63,6 +63,7 @@ def accumulate_gradients(
     min_shared_head: int | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
     counts: PassCounts | None = None,
+    at_least_one: bool = False,
 ) -> Accumulated:
     """Add the gradient of sum over parts of loss_fn(logprobs, part) to the parameters.
 
@@ -73,6 +74,7 @@ def accumulate_gradients(
     min_shared_head: groups whose prompts begin with so many equal tokens share these too.
     backward: DeepSpeed users pass engine.backward. counts: passes to make at least, so that all ranks make equally many
     (PassCounts.maximum over the ranks' plan_passes(groups, max_tokens).counts); the rest run padding.
+    at_least_one: run padding once also where no rank has anything to run (DeepSpeed needs a backward before a step).
     """
     run = _Run(model, groups, loss_fn, temperature, entropy, min_shared_head, backward)
     wanted = [index for index in range(len(groups)) if index not in skip]
@@ -87,6 +89,8 @@ def accumulate_gradients(
         run.stream([wanted[index] for index in stream])
     for _ in range(counts.streams - own.streams):
         run.pad()
+    if at_least_one and not counts.streams and not counts.split_parts:
+        run.pad(check=False)
     for (index, parts), total in zip(passes.splits, counts.split_parts, strict=False):
         run.split(wanted[index], parts, total)
     for total in counts.split_parts[len(passes.splits) :]:
@@ -116,8 +120,8 @@ class _Run:
         members = [(index, member) for index in indices for member in range(len(self.groups[index][1]))]
         self._backward(batch, members)
 
-    def pad(self) -> None:
-        self._backward(SharedPrefixBatch.padding(), [])
+    def pad(self, *, check: bool = True) -> None:
+        self._backward(SharedPrefixBatch.padding(), [], check=check)
 
     def split(self, index: int | None, parts: Sequence[Sequence[int]], total: int) -> None:
         """One group in parts, then padding up to `total` parts; index None: padding only."""
@@ -134,9 +138,9 @@ class _Run:
             self._backward(SharedPrefixBatch.continuing(prompt, [[0]]), [], _unflat(leaves))
         self.backward(_GradientsOf.apply(leaves, *encoded))
 
-    def _backward(self, batch: SharedPrefixBatch, members: Sequence[tuple[int, int]], prefix=None) -> None:
+    def _backward(self, batch: SharedPrefixBatch, members: Sequence[tuple[int, int]], prefix=None, check=True) -> None:
         """Score a batch and backpropagate its loss; without members it is padding, and its loss is zero."""
-        request = Request(batch, self.temperature, self.entropy, prefix)
+        request = Request(batch, self.temperature, self.entropy, prefix, check=check)
         scores = CompletionScores(*run_request(self.model, request))
         if not members:
             self.backward(0.0 * scores.logprobs.sum())

@@ -67,6 +67,7 @@ class Request:
     entropy: bool = False
     prefix: PrefixState | None = None
     encode_only: bool = False
+    check: bool = True  # false: a pass of padding on every rank, which leaves the self-check to a later one
 
 
 def enable_shared_prefix(model: nn.Module, attention: str = "auto", *, self_check: bool = True) -> None:
@@ -124,7 +125,7 @@ class _Pass:
     """
 
     def __init__(self, plan: AttentionPlan, state: _State, request: Request):
-        self.plan, self.backend, self.check = plan, state.backend, state.unchecked
+        self.plan, self.backend, self.check = plan, state.backend, state.unchecked and request.check
         self.prefix, self.keeps_layers = request.prefix, request.encode_only
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, if they are kept
         self.returned_rows: Tensor | None = None  # rows that the last layer returns, ascending, if not all
@@ -197,7 +198,7 @@ def _run(model: PreTrainedModel, request: Request) -> tuple:
     rows, token_rows = token_rows.unique(return_inverse=True)
     head_request = HeadRequest(token_rows, batch.targets, request.temperature, request.entropy, logit_transform(model))
     logprobs, entropy = _head(model)(hidden[rows], shared_prefix=head_request)
-    if state.unchecked:
+    if run.check:
         state.unchecked = False
         # transformers' sdpa leaves attention softcaps out; eager, which is slower, has them.
         plain = "eager" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) else None

@@ -18,11 +18,12 @@ from torch import Tensor
 from raygrpo.shared_prefix.backends.dense import attend_dense
 from raygrpo.shared_prefix.layout import AttentionPlan, SharedPrefixBatch
 
-# Of an attention output's norm; of a log-probability, averaged over a completion.
+# Of an attention output's norm; of a log-probability at temperature 1, averaged over a completion.
 ATTENTION_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 LOGPROB_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _NUM_ROWS = 8
 _NUM_COMPLETIONS = 4
+_NUM_TOKENS = 256  # of a completion
 
 
 class SelfCheckError(RuntimeError):
@@ -55,24 +56,26 @@ def check_attention(out: Tensor, q, k, v, *, plan: AttentionPlan, scale, window,
 def check_logprobs(forward: Callable, batch: SharedPrefixBatch, logprobs: Tensor, temperature: float) -> None:
     """Raise SelfCheckError unless the last few completions have the log-probabilities that they have alone.
 
-    forward: the model's ordinary one. logprobs: [S]. One padded call whatever the batch holds, so that every rank of a
-    sharded model makes the same calls.
+    forward: the model's ordinary one. logprobs: [S]. As many calls whatever the batch holds, so that every rank of a
+    sharded model makes the same ones; of a long completion some tokens are compared, evenly spread, so that no more
+    logits exist than _NUM_TOKENS rows.
     """
     chosen = [index for index, length in enumerate(batch.lengths) if length][-_NUM_COMPLETIONS:]
-    sequences = [batch.sequence(index) for index in chosen] or [([0], 1)]
-    # Padding on the right needs no mask: no token sees a later one.
-    input_ids = torch.zeros(len(sequences), max(len(ids) for ids, _ in sequences), dtype=torch.long)
-    for row, (ids, _) in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-    input_ids = input_ids.to(logprobs.device)
-    logits = forward(input_ids=input_ids, use_cache=False).logits
-    tolerance = LOGPROB_TOLERANCE[logits.dtype]
     by_completion = batch.split(logprobs)
-    for row, index in enumerate(chosen):
-        ids, context = sequences[row]
-        rows = logits[row, context - 1 : len(ids) - 1].to(logprobs.dtype) / temperature
-        alone = rows.log_softmax(-1).gather(-1, input_ids[row, context : len(ids), None])[:, 0]
-        error = (by_completion[index] - alone).abs().mean().item()
+    for index in [*chosen, *[None] * (_NUM_COMPLETIONS - len(chosen))]:
+        ids, context = ([0, 0], 1) if index is None else batch.sequence(index)
+        length = len(ids) - context
+        tokens = torch.linspace(0, length - 1, min(length, _NUM_TOKENS)).round().long()
+        input_ids = torch.tensor([ids], device=logprobs.device)
+        rows = (tokens + context - 1).to(logprobs.device)
+        logits = forward(input_ids=input_ids, use_cache=False, logits_to_keep=rows).logits[0]
+        if index is None:
+            continue
+        log_p = (logits.to(logprobs.dtype) / temperature).log_softmax(-1)
+        alone = log_p.gather(-1, input_ids[0, rows + 1, None])[:, 0]
+        error = (by_completion[index][tokens.to(logprobs.device)] - alone).abs().mean().item()
+        # Rounding of the logits is divided by the temperature too.
+        tolerance = LOGPROB_TOLERANCE[logits.dtype] / min(temperature, 1.0)
         if not error <= tolerance:
             raise SelfCheckError(
                 f"log-probabilities of completion {index} differ from those of its sequence encoded alone by "

@@ -159,3 +159,16 @@ def test_attention_on_cuda(name, window, softcap, external, last_layer):
     )
     plan = batch.plan.last_layer if last_layer else batch.plan
     check(name, plan, tolerance=3e-2, dtype=torch.bfloat16, device="cuda", size=64, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize(("version", "usable"), [("2.6.3", False), ("2.7.0", True), ("2.10.0.post1", True)])
+def test_a_flash_attn_that_is_called_otherwise_is_not_used(version, usable, monkeypatch):
+    from raygrpo.shared_prefix.backends.cuda_flash import FlashAttnPackage
+
+    monkeypatch.setattr("importlib.metadata.version", {"flash-attn": version}.__getitem__)
+    monkeypatch.setattr("importlib.import_module", lambda name: name)
+    if usable:
+        FlashAttnPackage()
+    else:
+        with pytest.raises(ImportError, match=r"flash-attn 2.6.3 is there, and 2.7 or newer is needed"):
+            FlashAttnPackage()

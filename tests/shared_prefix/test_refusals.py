@@ -11,6 +11,7 @@ from raygrpo.shared_prefix import (
     SelfCheckError,
     SharedPrefixBatch,
     UnsupportedModelError,
+    accumulate_gradients,
     completion_logprobs,
     enable_shared_prefix,
 )
@@ -176,6 +177,25 @@ def test_the_self_check_can_be_left_out_and_runs_once():
     enable_shared_prefix(model)
     completion_logprobs(model, batch)
     completion_logprobs(model, off)  # only the first micro-batch is checked
+
+
+def test_padding_on_every_rank_leaves_the_self_check_to_the_first_real_micro_batch():
+    model, batch = tiny_model(), siblings()
+    enable_shared_prefix(model)
+    accumulate_gradients(model, [], lambda logprobs, part: logprobs.sum(), 100, at_least_one=True)
+    with pytest.raises(SelfCheckError):
+        completion_logprobs(model, dataclasses.replace(batch, position_ids=torch.arange(batch.num_tokens)))
+
+
+def test_the_self_check_keeps_few_logits_of_a_long_completion(monkeypatch):
+    """And at a low temperature it tolerates what that makes of rounding."""
+    model = tiny_model("qwen3", torch.bfloat16, initializer_range=0.05)
+    enable_shared_prefix(model)
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, out: shapes.append(inputs[0].shape[-2]))
+    monkeypatch.setattr("raygrpo.shared_prefix.self_check._NUM_TOKENS", 8)
+    completion_logprobs(model, SharedPrefixBatch.from_groups([([1, 2], [[5] * 40, [6] * 3])]), temperature=0.1)
+    assert sorted(shapes[1:]) == [1, 1, 3, 8], "one call for each of four completions, padded"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

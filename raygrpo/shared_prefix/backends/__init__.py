@@ -124,7 +124,7 @@ class BackendChoice:
             try:
                 self._made[name] = BACKENDS[name]()
             except ImportError as error:
-                self._made[name] = f"not installed ({error})"
+                self._made[name] = f"not usable ({error})"
         return self._made[name]
 
     def _announce(self, name: str, refusals: list[str]) -> None:

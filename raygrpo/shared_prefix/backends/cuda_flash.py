@@ -8,6 +8,7 @@ with tokens can be above another.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 
 import torch
 from torch import Tensor
@@ -39,9 +40,13 @@ class AtenFlash:
 
 
 class FlashAttnPackage:
-    """The flash-attn package, version 2.6 or newer: softcap too."""
+    """The flash-attn package: softcap too. Raises ImportError before version 2.7, whose kernels are called otherwise
+    and return more."""
 
     def __init__(self):
+        version = importlib.metadata.version("flash-attn")
+        if tuple(int(number) for number in version.split(".")[:2]) < (2, 7):
+            raise ImportError(f"flash-attn {version} is there, and 2.7 or newer is needed")
         self._kernels = importlib.import_module("flash_attn.flash_attn_interface")
 
     def refusal(self, q: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
