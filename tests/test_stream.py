@@ -251,22 +251,22 @@ def test_a_group_with_too_few_completions_is_sampled_anew_and_its_generator_rest
 
 def test_a_group_that_failed_does_not_wait_for_the_others_of_its_block(stream, tmp_path):
     """Tickets 0 and 2 are at one generator, 1 and 3 at the other, which dies; 0 takes long."""
-    script = Script(die=frozenset({1}), marks=str(tmp_path), seconds={0: 6.0, 1: 3.0, 3: 3.0})
+    script = Script(die=frozenset({1}), marks=str(tmp_path), seconds={0: 10.0})
     streamed = stream(script, num_steps=1, groups_per_block=4)
     straggler, *others = [scored.group for scored in streamed.groups]
-    assert not straggler.error
-    assert all(group.generator == straggler.generator for group in others), "all ended where nothing had died"
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert not any(scored.group.error for scored in streamed.groups)
     assert all(group.generate_end_s < straggler.generate_end_s for group in others)
 
 
 def test_groups_may_wait_in_a_generator_for_longer_than_one_may_take(stream, tmp_path):
     """And one that hangs is found all the same, by the groups that wait behind the one it hangs in as well."""
-    script = Script(at_a_time=1, hang=frozenset({2}), marks=str(tmp_path), seconds=dict.fromkeys(range(8), 0.4))
-    streamed = stream(script, num_generators=1, num_steps=1, groups_per_step=8, group_timeout_s=1.0)
+    script = Script(at_a_time=1, hang=frozenset({2}), marks=str(tmp_path), seconds=dict.fromkeys(range(8), 0.8))
+    streamed = stream(script, num_generators=1, num_steps=1, groups_per_step=8, group_timeout_s=3.0)
     assert not any(scored.group.error for scored in streamed.groups)
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
     assert sum(report.generator_failures for report in streamed.reports) == 1
-    assert any("ticket 2 failed on g0" in text and "no answer within 1 s" in text for text in streamed.warnings)
+    assert any("ticket 2 failed on g0" in text and "no answer within 3 s" in text for text in streamed.warnings)
 
 
 @pytest.mark.slow

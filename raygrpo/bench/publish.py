@@ -103,11 +103,13 @@ def run(
 ) -> list[PublishCost]:
     """One cost a round. The first rounds also pay for memory that nobody had touched before."""
     import ray
+    import torch
     from ray.util import get_node_ip_address
 
     model = random_model(directory, megabytes=megabytes, dtype=dtype, hidden=hidden, vocabulary=vocabulary)
     settings = GeneratorConfig(
         num_actors=num_generators,
+        num_gpus=1 / num_generators if torch.cuda.is_available() else 0.0,  # all of them on the first GPU
         sampling=SamplingConfig(max_tokens=1),
         vllm={"kv_cache_memory_bytes": KV_CACHE_BYTES},
     )
