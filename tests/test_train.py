@@ -307,14 +307,6 @@ def test_the_pool_of_generators_grows_and_shrinks_while_the_run_goes_on(run):
     assert all(metrics["sampling/logprob_diff"] < 1e-4 for metrics in result.history.values())
 
 
-@pytest.fixture
-def interruptible():
-    """Shells have commands that they start in the background ignore Ctrl-C, and so would this process."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_as_killed_and_frees_the_cluster(run, ray_session, tmp_path, how, interruptible):
     class Interrupting(Recorder):

@@ -138,7 +138,7 @@ def test_a_run_is_submitted_followed_and_found_again(cluster, task, raygrpo):
     assert f"job {job} had ended: SUCCEEDED" in raygrpo("stop", job).stdout
 
 
-def test_ctrl_c_stops_the_job_which_goes_on_when_resumed(cluster, task, raygrpo):
+def test_ctrl_c_stops_the_job_which_goes_on_when_resumed(cluster, task, raygrpo, interruptible):
     options = (task.name, "name=halves", f"tracking.uri={cluster.mlflow}")
     process = raygrpo.start("submit", *options, "num_steps=200")
     assert process.stdout is not None and process.stderr is not None
@@ -238,7 +238,7 @@ def test_make_cluster_local_leaves_nothing(tmp_path):
     assert named == []
 
 
-def test_an_interrupted_cluster_local_leaves_nothing(tmp_path):
+def test_an_interrupted_cluster_local_leaves_nothing(tmp_path, interruptible):
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "cluster" / "local.py")], stderr=subprocess.PIPE, text=True
     )

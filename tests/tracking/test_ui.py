@@ -37,7 +37,7 @@ def test_a_store_that_does_not_exist_is_said(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_server_answers_and_leaves_nothing_behind(first_run: FirstRun, tmp_path: Path) -> None:
+def test_the_server_answers_and_leaves_nothing_behind(first_run: FirstRun, tmp_path: Path, interruptible: None) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TINY_RUN | {"output_dir": str(first_run.output_dir)}))
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-u", "-m", "raygrpo", "ui", str(tmp_path / "run.yaml"), "--no-browser"]
