@@ -341,12 +341,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sound_sampling(self) -> RunConfig:
-        sampling = self.generator.sampling
-        cuts = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0, "min_p": sampling.min_p > 0}
-        cut = ", ".join(f"{name}={getattr(sampling, name)}" for name, on in cuts.items() if on)
-        if cut and self.algorithm.correction.level == "none":
+        cuts = self.generator.sampling.cuts
+        if cuts and self.algorithm.correction.level == "none":
             raise ValueError(
-                f"generator.sampling has {cut} but algorithm.correction.level is none: completions would come from a "
+                f"generator.sampling has {cuts} but algorithm.correction.level is none: completions would come from a "
                 "truncated distribution and be trained as if from the policy itself; set algorithm.correction.level to "
                 "token, or sample without cuts"
             )

@@ -26,12 +26,10 @@ class EvalSamplingConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _cuts_need_a_choice(self) -> EvalSamplingConfig:
-        cuts = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
-        cut = ", ".join(f"{name}={getattr(self, name)}" for name, on in cuts.items() if on)
-        if cut and self.temperature == 0:
+        if self.cuts and self.temperature == 0:
             raise ValueError(
-                f"an evaluation's sampling has {cut} but temperature 0, which takes the most likely token whatever is "
-                "cut off: set a temperature, or leave the cuts out"
+                f"an evaluation's sampling has {self.cuts} but temperature 0, which takes the most likely token whatever "
+                "is cut off: set a temperature, or leave the cuts out"
             )
         return self
 

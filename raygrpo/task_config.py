@@ -116,6 +116,12 @@ class SamplingConfig(Section):
     """Leave out tokens less likely than this share of the most likely one."""
 
     @property
+    def cuts(self) -> str:
+        """The settings that leave tokens out, for a person; "" where there is none."""
+        on = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
+        return ", ".join(f"{name}={getattr(self, name)}" for name, is_on in on.items() if is_on)
+
+    @property
     def most_that_cuts_add(self) -> float:
         """Bound of what top_p, top_k and min_p together add to the log-probability of a sampled token, which the
         sampler gives as that of the distribution it drew from: minus the log of the probability that is left in. top_p

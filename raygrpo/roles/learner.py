@@ -25,6 +25,7 @@ from raygrpo.checkpoint import Checkpoint, CheckpointStore, RunState
 from raygrpo.config import TRAINING_REWARD, RunConfig
 from raygrpo.logs import about_group, always, open_log
 from raygrpo.roles.policy import build_policy, export_policy
+from raygrpo.roles.ranks import gather
 from raygrpo.roles.step_report import Facts, StepTimes, combine_facts, facts_of, merge_times
 from raygrpo.stream import iterate_groups
 from raygrpo.timeline import Interval
@@ -157,14 +158,14 @@ class Learner:
         self._step_start_s = time.time()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         newest = self._checkpoints.newest() if self._rank == 0 else None
-        self._checkpoint = _gather(newest)[0]
+        self._checkpoint = gather(newest)[0]
         self._attempt = 0
         if self._checkpoint is not None:
             self._check_resumable(self._checkpoint.state)
         if self._rank == 0:
             at_least = self._checkpoint.state.attempt + 1 if self._checkpoint is not None else 0
             self._attempt = self._link.begin_attempt(at_least)
-        self._attempt = _gather(self._attempt)[0]
+        self._attempt = gather(self._attempt)[0]
         always(attempt=self._attempt)
         logger.info("learning begins at step %d", self.first_step)
 
@@ -219,9 +220,9 @@ class Learner:
             self._finish_commit()
         directory = self._checkpoints.root / f"step-{step:06d}.partial"
         failure = _attempt_io(lambda: self._checkpoints.begin(step)) if self._rank == 0 else None
-        failure = failure or _first(_gather(failure))
+        failure = failure or _first(gather(failure))
         if failure is None:
-            failure = _first(_gather(_attempt_io(lambda: self._engine.save(directory))))
+            failure = _first(gather(_attempt_io(lambda: self._engine.save(directory))))
         if self._rank == 0:
             state = self._state(step)
             self._rewards.clear()
@@ -292,7 +293,7 @@ class Learner:
                 generate=[(g.group.generate_start_s, g.group.generate_end_s) for g in groups],
                 score=[(g.score_start_s, g.score_end_s) for g in groups],
             )
-            facts = _gather((facts_of(groups, step, self._shape), times))
+            facts = gather((facts_of(groups, step, self._shape), times))
             self._check_tickets(step, [f for f, _ in facts])
             self.publish(step + 1)
             self._unreported = (
@@ -328,7 +329,7 @@ class Learner:
         """Of the groups of all ranks, of which only those travel that may be shown."""
         tracking = self._config.tracking
         shown = shown_groups(step, groups, tracking.num_samples, tracking.num_traces, self._config.seed)
-        gathered = _gather([(groups[g], advantages[g]) for g in shown])
+        gathered = gather([(groups[g], advantages[g]) for g in shown])
         if self._rank == 0:
             pairs = sorted((pair for share in gathered for pair in share), key=lambda pair: pair[0].group.ticket)
             self._link.log_samples(step, [group for group, _ in pairs], [each for _, each in pairs])
@@ -451,11 +452,3 @@ def _attempt_io(action: Callable[[], object]) -> str | None:
 
 def _first(failures: list[str | None]) -> str | None:
     return next((failure for failure in failures if failure is not None), None)
-
-
-def _gather(value: Any) -> list[Any]:
-    import torch.distributed as dist
-
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

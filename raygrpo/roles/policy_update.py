@@ -33,6 +33,7 @@ from raygrpo.algorithm import (
 )
 from raygrpo.config import AlgorithmConfig, RewardConfig
 from raygrpo.engines.deepspeed import DeepSpeedEngine
+from raygrpo.roles.ranks import gather
 from raygrpo.shared_prefix import (
     Part,
     PassCounts,
@@ -262,7 +263,7 @@ class PolicyUpdater:
         groups = [batch.groups[index] for index in members]
         kept = [group for index, group in enumerate(groups) if index not in skip]
         passes = plan_passes(kept, self._max_tokens, min_shared_head=self._min_shared_head)
-        counts = PassCounts.maximum(_all_gather_objects(passes.counts))
+        counts = PassCounts.maximum(gather(passes.counts))
         parts: list[dict[str, Any]] = []
 
         def loss_fn(logprobs: Tensor, part: Part) -> Tensor:
@@ -304,7 +305,7 @@ class PolicyUpdater:
         )
         norm, rate = self._engine.step(update)
         combined = {name: float(value) for name, value in combine_metrics(parts).items()}
-        metrics = finish_metrics(combine_metrics(_all_gather_objects(combined)))
+        metrics = finish_metrics(combine_metrics(gather(combined)))
         seen = batch.tokens_of(chosen[[i for i in range(len(members)) if i not in skip]])
         local = batch_totals(mask[seen], batch.rollout_index[seen], len(batch.lengths))
         *trained, tokens_run = _all_sum([local.tokens, local.rollouts, accumulated.num_tokens])
@@ -330,7 +331,7 @@ class PolicyUpdater:
         lengths = torch.tensor([sum(len(completion) for completion in piece[1]) for piece in pieces], dtype=torch.int64)
         starts = lengths.cumsum(0) - lengths
         result = torch.empty(int(lengths.sum()), device=self._device)
-        most = max(_all_gather_objects(len(streams)))
+        most = max(gather(len(streams)))
         with torch.no_grad():
             for stream in streams:
                 members = [pieces[index] for index in stream]
@@ -387,12 +388,6 @@ def _all_sum(values: list[int]) -> list[int]:
     return total.tolist()
 
 
-def _all_gather_objects(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def _all_gather(rows: Tensor) -> list[Tensor]:
     """Tensors [r, c] of all ranks, which may differ in r."""
-    return [torch.as_tensor(part) for part in _all_gather_objects(rows)]
+    return [torch.as_tensor(part) for part in gather(rows)]

@@ -182,7 +182,6 @@ class SharedPrefixBatch:
     group_sizes: tuple[int, ...]
     segments: tuple[tuple[int, int] | None, ...] = field(repr=False)
     external_ids: tuple[int, ...] = field(default=(), repr=False)
-    is_padding: bool = False
 
     # Making one
 
@@ -239,7 +238,7 @@ class SharedPrefixBatch:
         Its one log-probability is differentiable: multiply it by zero and backpropagate, so that every rank makes as
         many passes as the others (ZeRO-3 and FSDP gather parameters in each of them).
         """
-        return replace(cls.from_groups([([0], [[0]])]), is_padding=True)
+        return cls.from_groups([([0], [[0]])])
 
     @classmethod
     def _lay_out(cls, segments, completions, group_sizes, external_ids: tuple[int, ...] = ()) -> SharedPrefixBatch:
