@@ -28,8 +28,8 @@ class EvalSamplingConfig(SamplingConfig):
     def _cuts_need_a_choice(self) -> EvalSamplingConfig:
         if self.cuts and self.temperature == 0:
             raise ValueError(
-                f"an evaluation's sampling has {self.cuts} but temperature 0, which takes the most likely token whatever "
-                "is cut off: set a temperature, or leave the cuts out"
+                f"an evaluation's sampling has {self.cuts} but temperature 0, which takes the most likely token "
+                "whatever is cut off: set a temperature, or leave the cuts out"
             )
         return self
 
