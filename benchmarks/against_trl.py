@@ -174,7 +174,8 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
     reward = import_object(function.use, prepared.import_paths)
 
     def reward_function(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
-        return [float(reward(completion, given)) for completion, given in zip(completions, answer, strict=True)]
+        scores = [reward(completion, given) for completion, given in zip(completions, answer, strict=True)]
+        return [score for score, _ in scores]  # without the text that says why
 
     trainer = Measured(
         model=model,
