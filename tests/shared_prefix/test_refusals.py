@@ -198,6 +198,14 @@ def test_the_self_check_keeps_few_logits_of_a_long_completion(monkeypatch):
     assert sorted(shapes[1:]) == [1, 1, 3, 8], "one call for each of four completions, padded"
 
 
+def test_the_self_check_takes_a_model_that_makes_all_logits(monkeypatch):
+    model = tiny_model("qwen3", torch.float64, initializer_range=0.05)
+    of_class = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *args, logits_to_keep=0, **kwargs: of_class(*args, **kwargs))
+    enable_shared_prefix(model)
+    completion_logprobs(model, SharedPrefixBatch.from_groups(ragged_groups()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2", "qwen3_moe"])
 def test_half_precision_passes_its_own_self_check(dtype, architecture):
