@@ -16,7 +16,6 @@ from ray.exceptions import ActorDiedError
 from raygrpo.config import GeneratorConfig
 from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
-from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.claims import Release
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.generator import WeightsAck
@@ -27,11 +26,7 @@ WEIGHTS: list[Any] = ["packed weights"]
 DIED = ActorDiedError()
 DIED.error_msg = "The actor died because of an error in its creation\nValueError: no such option: max_modle_len"
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
-    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 class FakeGenerator:

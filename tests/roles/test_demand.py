@@ -11,7 +11,6 @@ import pytest
 
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.roles import demand as demand_module
-from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.controller import RolloutController
 from raygrpo.roles.demand import Unplaced, UnplacedFinder
 from tests.conftest import NUM_LOGICAL_CPUS, run_config
@@ -59,11 +58,9 @@ def test_actors_and_learners_without_a_machine_are_counted_and_named(ray_session
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def impatient(monkeypatch, without_ray):
     monkeypatch.setattr(demand_module, "PERIOD_S", 0.01)
     monkeypatch.setattr(demand_module, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
-    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
 
 
 class Cluster:

@@ -12,7 +12,6 @@ import pytest
 from raygrpo.config import GeneratorConfig, WatchdogConfig
 from raygrpo.evaluation import Evaluation
 from raygrpo.roles import claims as claims_module
-from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.claims import MAX_ATTEMPTS, MAX_SHARED_FAILURES, Release
 from raygrpo.roles.controller import RolloutController
 from raygrpo.types import FENCED
@@ -20,11 +19,7 @@ from tests.conftest import run_config
 from tests.roles.test_controller import WEIGHTS, FakeGenerator, begin, prompt_set, release, settle, wait_until
 from tests.test_evaluation import evaluation
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
-    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 class FakeEvaluator:

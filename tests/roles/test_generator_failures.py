@@ -8,7 +8,6 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from raygrpo.roles import claims as claims_module
-from raygrpo.roles import generator_pool as pool_module
 from raygrpo.roles.claims import MAX_ATTEMPTS, MAX_SHARED_FAILURES, Claim
 from raygrpo.roles.controller import RolloutController
 from tests.roles.test_controller import (
@@ -22,11 +21,7 @@ from tests.roles.test_controller import (
     wait_until,
 )
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
-    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 def test_a_failing_generator_gets_no_claims_until_it_has_the_current_version():

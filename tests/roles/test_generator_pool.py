@@ -29,12 +29,7 @@ from tests.roles.test_controller import (
     wait_until,
 )
 
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch):
-    monkeypatch.setattr(pool_module, "REVIVAL_PAUSE_S", 0.001)
-    monkeypatch.setattr(pool_module, "restart_actor", lambda generator: generator.restart())
-    monkeypatch.setattr(pool_module, "end_actor", lambda generator: generator.end())
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 class Launcher:
