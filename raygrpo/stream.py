@@ -39,6 +39,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
+from raygrpo.group_table import groups_to_table, scored_groups_to_table, table_to_groups, table_to_scored_groups
 from raygrpo.logs import about_group, open_log
 from raygrpo.rewards import Scorer
 from raygrpo.roles.claims import Claim, Release
@@ -47,10 +48,6 @@ from raygrpo.types import (
     RolloutGroup,
     RunInfo,
     ScoredGroup,
-    group_to_row,
-    row_to_group,
-    row_to_scored_group,
-    scored_group_to_row,
 )
 
 if TYPE_CHECKING:
@@ -59,55 +56,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROMPT_TYPE = pa.struct(
-    [
-        ("prompt_id", pa.int64()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("text", pa.string()),
-        ("answer", pa.string()),  # JSON
-        ("row", pa.string()),  # JSON
-    ]
-)
-ROLLOUT_TYPE = pa.struct(
-    [
-        ("completion_ids", pa.list_(pa.int32())),
-        ("behaviour_logprobs", pa.list_(pa.float32())),
-        ("finish_reason", pa.string()),
-        ("text", pa.string()),
-        ("end_s", pa.float64()),
-    ]
-)
-REWARD_TYPE = pa.struct(
-    [
-        ("total", pa.float64()),
-        ("components", pa.list_(pa.float64())),
-        ("rationales", pa.list_(pa.string())),
-        ("error", pa.string()),
-    ]
-)
-GROUP_SCHEMA = pa.schema(
-    [
-        ("ticket", pa.int64()),
-        ("prompt", PROMPT_TYPE),
-        ("policy_version", pa.int64()),
-        ("rollouts", pa.list_(ROLLOUT_TYPE)),
-        ("generator", pa.string()),
-        ("generate_start_s", pa.float64()),
-        ("generate_end_s", pa.float64()),
-        ("error", pa.string()),
-        ("replacement", pa.int64()),
-        ("attempt", pa.int64()),
-    ]
-)
-SCORED_GROUP_SCHEMA = pa.schema(
-    [
-        ("group", pa.struct(list(GROUP_SCHEMA))),
-        ("rewards", pa.list_(REWARD_TYPE)),
-        ("score_start_s", pa.float64()),
-        ("score_end_s", pa.float64()),
-    ]
-)
-
 # Of the stage whose blocks go to the learners. Ray 2.60 sends what is smaller than this (100 kB by default) to the
 # process that asked for it, here Ray Data's, and never frees it there if the last to let go is another, here a learner:
 # the process would grow by every group of the run. What lies in the object store is freed.
@@ -115,22 +63,6 @@ RETURNS_IN_STORE = {"env_vars": {"RAY_max_direct_call_object_size": "1000"}}
 POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.7  # of Ray Data's loop: see AdaptivePoll
 ANSWER_LIMIT_S = 10.0  # for a generator to say how it is
 CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
-
-
-def groups_to_table(groups: list[RolloutGroup]) -> pa.Table:
-    return pa.Table.from_pylist([group_to_row(group) for group in groups], schema=GROUP_SCHEMA)
-
-
-def table_to_groups(table: pa.Table) -> list[RolloutGroup]:
-    return [row_to_group(row) for row in table.to_pylist()]
-
-
-def scored_groups_to_table(groups: list[ScoredGroup]) -> pa.Table:
-    return pa.Table.from_pylist([scored_group_to_row(group) for group in groups], schema=SCORED_GROUP_SCHEMA)
-
-
-def table_to_scored_groups(table: pa.Table) -> list[ScoredGroup]:
-    return [row_to_scored_group(row) for row in table.to_pylist()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from raygrpo.roles.generator import WeightsAck
+from raygrpo.roles.reports import WeightsAck
 from raygrpo.types import Prompt, Rollout, RolloutGroup
 
 
@@ -44,8 +44,16 @@ class FakeGenerator:
     async def load_weights(self, version: int, weights: list[Any], *, attempt: int = 0) -> WeightsAck:
         assert (await weights[0])["version"] == version
         self._attempt, self._version = attempt, version
-        node = ray.get_runtime_context().get_node_id()
-        return WeightsAck(generator=self._name, version=version, num_bytes=8, drain_s=0.0, load_s=0.0, node=node)
+        context = ray.get_runtime_context()
+        return WeightsAck(
+            generator=self._name,
+            version=version,
+            num_bytes=8,
+            drain_s=0.0,
+            load_s=0.0,
+            node=context.get_node_id(),
+            process=context.get_worker_id(),
+        )
 
     async def status(self) -> Any:
         return SimpleNamespace(attempt=self._attempt, version=self._version)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygrpo.stream import groups_to_table, scored_groups_to_table, table_to_groups, table_to_scored_groups
+from raygrpo.group_table import groups_to_table, scored_groups_to_table, table_to_groups, table_to_scored_groups
 from raygrpo.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup
 
 ODD_TEXTS = ["", "\x00", "\ufffd\u2028\u0085", "e\u0301 \u00e9", "\U0001f469\u200d\U0001f680", "\u202eabc", '"\\n\\"']

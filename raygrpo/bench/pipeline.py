@@ -32,6 +32,7 @@ from raygrpo.bench.pipeline_roles import (
 from raygrpo.bench.processes import KINDS, REST, THIS, CpuWatch, cpu_seconds_of
 from raygrpo.bench.tables import table
 from raygrpo.config import RewardConfig
+from raygrpo.group_table import groups_to_table, scored_groups_to_table, table_to_groups, table_to_scored_groups
 from raygrpo.rewards import Scorer
 
 CLAIMERS = 2
@@ -122,13 +123,6 @@ def run(*, quick: bool = False, progress: bool = False) -> dict[str, Any]:
 def measure_steps(num: int = 512) -> dict[str, float]:
     """CPU ms per group of what a group goes through, each alone; calls: both processes together."""
     import ray
-
-    from raygrpo.stream import (
-        groups_to_table,
-        scored_groups_to_table,
-        table_to_groups,
-        table_to_scored_groups,
-    )
 
     per_block = MARK.groups_per_block
     prompts = prompt_set()

@@ -19,7 +19,7 @@ import pyarrow as pa
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA, DataReport, PromptSet
 from raygrpo.roles.claims import Release
 from raygrpo.roles.controller import RolloutController
-from raygrpo.roles.generator import WeightsAck
+from raygrpo.roles.reports import WeightsAck
 from raygrpo.types import Prompt, Rollout, RolloutGroup
 
 if TYPE_CHECKING:

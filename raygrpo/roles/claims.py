@@ -50,7 +50,8 @@ class PendingClaim:
     ticket: int
     where: str  # the generator's name, AT_THE_GATE or WITHOUT_GENERATOR
     since_s: float  # time.monotonic()
-    node: str = ""  # of the generator
+    node: str = ""  # of the generator, by Ray's ids
+    process: str = ""
     is_alone: bool = False  # at the generator, which gets nothing else meanwhile
     replacement: int = 0
     is_evaluation: bool = False

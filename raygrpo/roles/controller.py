@@ -275,7 +275,8 @@ class RolloutController:
             pending.where = WITHOUT_GENERATOR
         if ledger.claims.get(ticket) is not pending:
             return fenced(ticket)
-        pending.node = pool.nodes.get(name, "")
+        holding = pool.holding(name)
+        pending.node, pending.process = holding.node, holding.process
         with about_group(ticket, is_evaluation=pending.is_evaluation):
             alone = ", alone" if pending.is_alone else ""
             logger.info("goes to %s%s after %.3f s %s", name, alone, pending.since_s - waits_since_s, where)
@@ -311,7 +312,7 @@ class RolloutController:
                 self._warn(f"{what}, and goes to another generator: {release.failure}")
             if release.begun:
                 ledger.note_failure(pending, release.failure)
-            self._pool.quarantine(pending.where, restart=release.restart)
+            self._pool.quarantine(pending.where, restart=release.restart, process=pending.process)
         return self._pool.give_back(pending.where)
 
     def _ledger_of(self, stream: int) -> Ledger | None:

@@ -1,7 +1,6 @@
 """The generator: one sampling engine behind an asyncio interface; as a Ray actor, one of several.
 
-One thread owns the engine. It admits up to `max_groups` groups at a time and advances them together, so a group is
-ready as soon as its own completions are, whatever the others do.
+One thread (engine_thread.py) owns the engine and samples many groups at a time.
 
 Versions are exact: a group's `policy_version` is the version under which every one of its tokens was sampled. So
 weights change only between groups: when new weights arrive, running groups are finished under the old ones, no further
@@ -21,100 +20,28 @@ not in the engine), then the process exits, for Ray to restart it.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
-import queue
 import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raygrpo.config import GeneratorConfig, ModelConfig, SamplingConfig
-from raygrpo.direct_transfer import Offer, Receiver
-from raygrpo.engines.sampling import EngineDeadError, SamplingEngine, make_engine
+from raygrpo.direct_transfer import Offer
+from raygrpo.engines.sampling import make_engine
 from raygrpo.gauges import GENERATOR_BUSY, GENERATOR_GROUPS, GENERATOR_TOKENS, GENERATOR_VERSION, PERIOD_S, Gauges
-from raygrpo.logs import about_group, always, open_log
+from raygrpo.logs import open_log
 from raygrpo.lora import AdapterMerger
-from raygrpo.timeline import Interval
-from raygrpo.types import NeverBegunError, Prompt, Rollout, RolloutGroup, RunInfo, TransferError
-from raygrpo.weights import PackedWeights, unpack
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from raygrpo.roles.engine_thread import AbortGroup, EngineThread, LoadWeights, SampleGroup, ScoreCompletion
+from raygrpo.roles.reports import GeneratorStatus, WeightsAck
+from raygrpo.types import Prompt, RolloutGroup, RunInfo
+from raygrpo.weights import PackedWeights
 
 logger = logging.getLogger(__name__)
 
 STACK_DEPTH = 12  # calls of each thread in a report
-EXIT_DELAY_S = 3.0  # for the answers to the callers to leave the process, on a busy machine too
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsAck:
-    """A generator's word that it now serves `version`."""
-
-    generator: str
-    version: int
-    num_bytes: int  # 0 where it had the version already
-    drain_s: float  # until the running groups were finished
-    load_s: float  # to verify and load
-    node: str = ""  # Ray's id of the generator's node; "" without Ray
-    sampled: Sequence[Interval] = ()  # unix times in which it sampled groups of the training, since its last word
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorStatus:
-    generator: str
-    attempt: int
-    version: int
-    groups_running: int
-    groups_waiting: int  # for a place in the engine, or for a version
-    num_groups: int  # finished since the process started
-    num_tokens: int  # sampled in finished completions since the process started
-    num_cached_tokens: int  # of prompts, that completions shared instead of computing them, since the process started
-    busy_s: float  # spent in the engine since the process started
-    pid: int
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Group:
-    ticket: int
-    prompt: Prompt
-    seeds: list[int]
-    sampling: SamplingConfig | None = None  # of an evaluation
-    result: Future[RolloutGroup] = field(default_factory=Future)
-    engine_id: str = field(default_factory=map(str, itertools.count()).__next__)
-    start_s: float = 0.0  # unix time
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Update:
-    attempt: int
-    version: int
-    weights: PackedWeights | Offer
-    result: Future[WeightsAck] = field(default_factory=Future)
-    received_s: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Score:
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    result: Future[list[float]] = field(default_factory=Future)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Abort:
-    group: _Group
-
-
-_Message = _Group | _Update | _Score | _Abort
 
 
 class Generator:
@@ -172,11 +99,11 @@ class Generator:
         engine.
         """
         await self._reach_version(min_version)
-        group = _Group(ticket=ticket, prompt=prompt, seeds=list(seeds), sampling=sampling)
+        group = SampleGroup(ticket=ticket, prompt=prompt, seeds=list(seeds), sampling=sampling)
         try:
             return await self._worker.ask(group)
         except asyncio.CancelledError:
-            self._worker.inbox.put(_Abort(group=group))
+            self._worker.inbox.put(AbortGroup(group=group))
             raise
 
     async def load_weights(
@@ -189,18 +116,17 @@ class Generator:
         tensors, TransferError for an offer whose pull does not begin: the generator then goes on as it was. A pull that
         ends in the middle ends the engine.
         """
+        self._worker.raise_if_dead()
         served = (self._worker.attempt, self._worker.version)
         if (attempt, version) == served:
-            return WeightsAck(
-                generator=self.name, version=version, num_bytes=0, drain_s=0.0, load_s=0.0, node=_node_id()
-            )
+            return self._worker.ack()
         if (attempt, version) < served:
             raise ValueError(
                 f"{self.name} serves version {served[1]} of attempt {served[0]}: "
                 f"version {version} of attempt {attempt} is older"
             )
         published = await weights[0] if isinstance(weights, list) else weights
-        ack = await self._worker.ask(_Update(attempt=attempt, version=version, weights=published))
+        ack = await self._worker.ask(LoadWeights(attempt=attempt, version=version, weights=published))
         self._version_changed.set()
         self._version_changed = asyncio.Event()
         return ack
@@ -209,9 +135,10 @@ class Generator:
         """[C]: log-probabilities under the weights now loaded, at temperature 1 and with nothing cut off, computed
         anew.
         """
-        return await self._worker.ask(_Score(prompt_ids=prompt_ids, completion_ids=completion_ids))
+        return await self._worker.ask(ScoreCompletion(prompt_ids=prompt_ids, completion_ids=completion_ids))
 
     async def status(self) -> GeneratorStatus:
+        self._worker.raise_if_dead()
         return self._worker.status(waiting_for_version=self._waiting_for_version)
 
     async def seconds_in_engine(self, ticket: int, *, is_evaluation: bool) -> float:
@@ -255,233 +182,3 @@ class Generator:
             ) from None
         finally:
             self._waiting_for_version -= 1
-
-
-class EngineThread:
-    """The only thread that touches the engine; messages come in by `inbox`, answers go out by each message's future."""
-
-    def __init__(
-        self,
-        name: str,
-        max_groups: int,
-        *,
-        keep_cache: bool = True,
-        to_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
-    ):
-        """to_weights: makes what the engine loads out of what was published."""
-        self.inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self.version = 0
-        self.attempt = 0
-        self._name = name
-        self._max_groups = max_groups
-        self._keep_cache = keep_cache
-        self._to_weights = to_weights
-        self._receiver: Receiver | None = None  # of adapters that are pulled
-        self._running: dict[str, _Group] = {}
-        self._waiting: deque[_Group] = deque()
-        self._evaluating: deque[_Group] = deque()  # wait until none of the others does
-        self._updates: deque[_Update] = deque()
-        self._num_groups = 0
-        self._num_tokens = 0
-        self._busy_s = 0.0
-        self._sampled: list[Interval] = []  # see WeightsAck
-
-    def start(self, make: Callable[[], SamplingEngine]) -> None:
-        """Make the engine in the thread, and return when it is ready."""
-        ready: Future[None] = Future()
-        threading.Thread(target=self._run, args=(make, ready), name=f"{self._name}-engine", daemon=True).start()
-        ready.result()
-
-    async def ask(self, message: _Group | _Update | _Score) -> Any:
-        self.inbox.put(message)
-        return await asyncio.wrap_future(message.result)
-
-    def status(self, *, waiting_for_version: int) -> GeneratorStatus:
-        return GeneratorStatus(
-            generator=self._name,
-            attempt=self.attempt,
-            version=self.version,
-            groups_running=len(self._running),
-            groups_waiting=len(self._waiting) + len(self._evaluating) + waiting_for_version,
-            num_groups=self._num_groups,
-            num_tokens=self._num_tokens,
-            num_cached_tokens=self._engine.num_cached_tokens,
-            busy_s=self._busy_s,
-            pid=os.getpid(),
-        )
-
-    def seconds_in_engine(self, ticket: int, *, is_evaluation: bool) -> float:
-        running = list(self._running.values())
-        own = [group for group in running if (group.ticket, group.sampling is not None) == (ticket, is_evaluation)]
-        now_s = time.time()
-        return now_s - min((group.start_s for group in own or running), default=now_s)
-
-    def _run(self, make: Callable[[], SamplingEngine], ready: Future[None]) -> None:
-        try:
-            self._engine = make()
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        ready.set_result(None)
-        try:
-            while True:
-                self._receive()
-                if self._updates and not self._running:
-                    self._load(self._updates.popleft())
-                while len(self._running) < self._max_groups and not self._updates:
-                    if not (waiting := self._waiting or self._evaluating):
-                        break
-                    self._begin(waiting.popleft())
-                if self._running:
-                    self._advance()
-        except Exception as error:
-            logger.exception("%s: the engine failed; the process exits", self._name)
-            self._die(error)
-
-    def _receive(self) -> None:
-        """Take in all messages; wait for one only where there is nothing else to do."""
-        idle = not (self._running or self._waiting or self._evaluating or self._updates)
-        while idle or not self.inbox.empty():
-            idle = False
-            match self.inbox.get():
-                case _Abort(group=group):
-                    self._abort(group)
-                case message if not message.result.set_running_or_notify_cancel():
-                    pass  # its caller has gone
-                case _Group() as group:
-                    (self._waiting if group.sampling is None else self._evaluating).append(group)
-                case _Update() as update:
-                    self._updates.append(update)
-                case _Score() as score:
-                    self._score(score)
-
-    def _begin(self, group: _Group) -> None:
-        group.start_s = time.time()
-        if not self._keep_cache:
-            self._engine.reset_prefix_cache()
-        try:
-            self._engine.add_group(group.engine_id, group.prompt.prompt_ids, group.seeds, group.sampling)
-        except ValueError as error:
-            group.result.set_exception(error)
-            return
-        self._running[group.engine_id] = group
-        with about_group(group.ticket, is_evaluation=group.sampling is not None):
-            logger.debug("begun by version %d, beside %d others", self.version, len(self._running) - 1)
-
-    def _advance(self) -> None:
-        start = time.perf_counter()
-        finished = self._engine.step()
-        self._busy_s += time.perf_counter() - start
-        for engine_id, index, rollout in finished:
-            group = self._running[engine_id]
-            group.rollouts[index] = rollout
-            self._num_tokens += len(rollout.completion_ids)
-            if len(group.rollouts) < len(group.seeds):
-                continue
-            del self._running[engine_id]
-            self._num_groups += 1
-            rollouts = [group.rollouts[i] for i in range(len(group.seeds))]
-            sampled = RolloutGroup(
-                ticket=group.ticket,
-                prompt=group.prompt,
-                policy_version=self.version,
-                rollouts=rollouts,
-                generator=self._name,
-                generate_start_s=group.start_s,
-                generate_end_s=time.time(),
-                attempt=self.attempt,
-            )
-            if group.sampling is None:
-                self._note_sampled(group.start_s, sampled.generate_end_s)
-            with about_group(group.ticket, is_evaluation=group.sampling is not None):
-                num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-                seconds = sampled.generate_end_s - group.start_s
-                logger.info("sampled by version %d: %d tokens in %.3f s", self.version, num_tokens, seconds)
-            group.result.set_result(sampled)
-        missing = sum(len(group.seeds) - len(group.rollouts) for group in self._running.values())
-        if missing > self._engine.num_unfinished:  # no later step would bring them
-            raise EngineDeadError(
-                f"the engine returned too few completions: {missing} are missing, and it works on "
-                f"{self._engine.num_unfinished}"
-            )
-
-    def _note_sampled(self, start_s: float, end_s: float) -> None:
-        if self._sampled and start_s <= self._sampled[-1][1]:
-            start_s = min(start_s, self._sampled.pop()[0])
-        self._sampled.append((start_s, end_s))
-
-    def _abort(self, group: _Group) -> None:
-        if self._running.pop(group.engine_id, None):
-            self._engine.abort_group(group.engine_id)
-        for waiting in (self._waiting, self._evaluating):
-            if group in waiting:
-                waiting.remove(group)
-
-    def _load(self, update: _Update) -> None:
-        start = time.perf_counter()
-        try:
-            if (update.attempt, update.version) <= (self.attempt, self.version):
-                raise ValueError(f"{self._name} serves version {self.version} already, not {update.version}")
-            if isinstance(update.weights, Offer):
-                self._pull(update.weights)
-            else:
-                tensors = unpack(update.weights)
-                self._engine.load_weights(self._to_weights(tensors) if self._to_weights else tensors)
-        except (ValueError, TransferError) as error:
-            logger.error("version %d of attempt %d is refused: %s", update.version, update.attempt, error)
-            update.result.set_exception(error)
-            return
-        self.attempt, self.version = update.attempt, update.version
-        always(attempt=update.attempt)
-        while self._evaluating:  # of an evaluation that was given up: nobody waits for it
-            error = ValueError(f"{self._name} was to evaluate another version than {update.version}")
-            self._evaluating.popleft().result.set_exception(error)
-        load_s = time.perf_counter() - start
-        logger.info("loaded version %d in %.3f s", update.version, load_s)
-        self._busy_s += load_s
-        sampled, self._sampled = self._sampled, []
-        update.result.set_result(
-            WeightsAck(
-                generator=self._name,
-                version=update.version,
-                num_bytes=update.weights.num_bytes,
-                drain_s=start - update.received_s,
-                load_s=load_s,
-                node=_node_id(),
-                sampled=sampled,
-            )
-        )
-
-    def _pull(self, offer: Offer) -> None:
-        if self._to_weights is None:
-            self._engine.pull_weights(offer)
-            return
-        # Adapters: few bytes, all of which are needed before anything can be loaded.
-        self._receiver = offer.receiver(self._receiver)
-        adapters = {name: tensor.cpu() for name, tensor in self._receiver.begin(offer)}
-        self._engine.load_weights(self._to_weights(adapters))
-
-    def _score(self, score: _Score) -> None:
-        try:
-            score.result.set_result(self._engine.score(score.prompt_ids, score.completion_ids))
-        except ValueError as error:
-            score.result.set_exception(error)
-
-    def _die(self, cause: Exception) -> None:
-        """Tell all callers, those that still come too, and leave the process."""
-        error = cause if isinstance(cause, EngineDeadError) else EngineDeadError(f"{type(cause).__name__}: {cause}")
-        for message in (*self._running.values(), *self._updates):
-            message.result.set_exception(error)
-        never_begun = NeverBegunError(f"another group was in the engine when it failed: {error}")
-        for group in (*self._waiting, *self._evaluating):
-            group.result.set_exception(never_begun)
-        threading.Timer(EXIT_DELAY_S, os._exit, args=(1,)).start()
-        while True:
-            message = self.inbox.get()
-            if not isinstance(message, _Abort) and message.result.set_running_or_notify_cancel():
-                message.result.set_exception(never_begun if isinstance(message, _Group) else error)
-
-
-def _node_id() -> str:
-    ray = sys.modules.get("ray")  # a process with a Ray has imported it
-    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else ""

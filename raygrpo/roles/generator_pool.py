@@ -17,6 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import ActorDiedError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import ray
     from ray.actor import ActorHandle
 
-    from raygrpo.roles.generator import WeightsAck
+    from raygrpo.roles.reports import WeightsAck
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,16 @@ REVIVAL_PAUSE_S = 1.0  # between attempts to load a version into a generator tha
 STATUS_DEADLINE_S = 5.0  # for a generator to say how it is
 CONFIRM_TIMEOUT_S = 30.0  # for a generator to say that it holds the version
 MAX_RELAUNCHES = 3  # of a generator whose constructor fails, until it is healthy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What a generator has acknowledged last, and where it was then."""
+
+    attempt: int
+    version: int
+    node: str = ""  # Ray's ids; "" where they are not known
+    process: str = ""
 
 
 class GeneratorPool:
@@ -53,7 +64,6 @@ class GeneratorPool:
         self.generators: dict[str, Any] = {}  # handles
         self.healthy: set[str] = set()
         self.dead: dict[str, str] = {}  # those that Ray does not restart (their constructor fails) -> why
-        self.nodes: dict[str, str] = {}  # where those are that have loaded a version
         self.num_failures = 0
         self._num_told = 0  # of these
         self.num_unplaced = 0  # those that Ray has no machine for; the controller finds out
@@ -68,7 +78,8 @@ class GeneratorPool:
         self._alone: set[str] = set()  # those that have one group, and get no other beside it
         self._peaks: deque[tuple[float, int]] = deque()  # (time, groups in flight), of the last scale_down_after_s
         self._loading: dict[str, asyncio.Lock] = {}  # a generator refuses a version twice
-        self._held: dict[str, tuple[int, int]] = {}  # attempt and version that each has acknowledged last
+        self._holdings: dict[str, Holding] = {}  # of those that have loaded a version
+        self._condemned: dict[str, str] = {}  # of each, the process that was told to end last: it may still answer
         self._relaunches: dict[str, int] = {}  # of each since it was last healthy
         self._attempt = 0
         self._version = -1  # of the latest publish, which may be under way: who is to be healthy must hold it
@@ -169,6 +180,9 @@ class GeneratorPool:
         self._alone.discard(name)
         return self._outstanding[name] == 0
 
+    def holding(self, name: str) -> Holding:
+        return self._holdings.get(name, Holding(attempt=self._attempt, version=0))
+
     # Weights.
 
     async def publish(self, version: int, weights: list[ray.ObjectRef]) -> tuple[list[WeightsAck], list[str]]:
@@ -220,9 +234,10 @@ class GeneratorPool:
         attempt, version, weights = self._attempt, self._version, self._weights
         async with asyncio.timeout(self._settings.load_timeout_s), self._loading[name]:
             ack = await self.generators[name].load_weights.remote(version, weights, attempt=attempt)
+        if ack.process and ack.process == self._condemned.get(name):
+            raise RuntimeError(f"{name} was told to end, and has answered once more")
         if name in self.generators:
-            self.nodes[name] = ack.node
-            self._held[name] = (attempt, version)
+            self._holdings[name] = Holding(attempt=attempt, version=version, node=ack.node, process=ack.process)
         return ack
 
     async def confirm(self, name: str) -> bool:
@@ -234,11 +249,11 @@ class GeneratorPool:
         """
         if self._version < 0:
             return False
-        held = self._held.get(name, (self._attempt, 0))
+        held = self.holding(name)
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT_S):
                 status = await self.generators[name].status.remote()
-            if (status.attempt, status.version) < held:
+            if (status.attempt, status.version) < (held.attempt, held.version):
                 raise RuntimeError(f"it has restarted, with version {status.version} of attempt {status.attempt}")
         except Exception as error:
             logger.warning("%s does not say that it is well: %s", name, last_line(error))
@@ -248,12 +263,17 @@ class GeneratorPool:
 
     # Failures.
 
-    def quarantine(self, name: str, *, restart: bool) -> None:
+    def quarantine(self, name: str, *, restart: bool, process: str = "") -> None:
         """No more work for this generator until it holds the latest version again. A dead actor is restarted by Ray;
-        restart: this one may live, but cannot be trusted to answer."""
+        restart: this one may live, but cannot be trusted to answer. process: where the failure was, if that is known;
+        one that has gone, or was told to, says nothing of the next."""
         if name not in self.generators:
             return
+        newest = self.holding(name).process
+        if process and (process != newest or process == self._condemned.get(name)):
+            return
         if restart:
+            self._condemned[name] = newest
             restart_actor(self.generators[name])
         if name not in self.healthy:
             return
@@ -298,7 +318,7 @@ class GeneratorPool:
         is given up. It is not tried where no generator of the run has ever loaded a version: the error is then more
         likely the configuration's than the machine's."""
         num = self._relaunches[name] = self._relaunches.get(name, 0) + 1
-        if self._launch is None or not self.nodes or num > MAX_RELAUNCHES:
+        if self._launch is None or not self._holdings or num > MAX_RELAUNCHES:
             self._warn(f"{name} cannot be started: {last_line(error)}")
             self.dead[name] = last_line(error)
             return False
@@ -353,7 +373,7 @@ class GeneratorPool:
         while self._outstanding[name] > 0 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.1)
         handle = self.generators.pop(name)
-        for record in (self._outstanding, self._loading, self._held, self._relaunches, self.dead, self.nodes):
+        for record in (self._outstanding, self._loading, self._holdings, self._condemned, self._relaunches, self.dead):
             record.pop(name, None)
         self._alone.discard(name)
         self._extra.remove(name)

@@ -1,4 +1,4 @@
-"""What the rollout controller answers: to the learners, of a publish, and to the driver, of the run."""
+"""What generators tell the rollout controller, and what that tells the learners and the driver."""
 
 from __future__ import annotations
 
@@ -6,6 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raygrpo.timeline import Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsAck:
+    """A generator's word that it now serves `version`."""
+
+    generator: str
+    version: int
+    num_bytes: int  # 0 where it had the version already
+    drain_s: float  # until the running groups were finished
+    load_s: float  # to verify and load
+    node: str = ""  # Ray's ids of the generator's node and process; "" without Ray
+    process: str = ""
+    sampled: Sequence[Interval] = ()  # unix times in which it sampled groups of the training, since its last word
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorStatus:
+    generator: str
+    attempt: int
+    version: int
+    groups_running: int
+    groups_waiting: int  # for a place in the engine, or for a version
+    num_groups: int  # finished since the process started
+    num_tokens: int  # sampled in finished completions since the process started
+    num_cached_tokens: int  # of prompts, that completions shared instead of computing them, since the process started
+    busy_s: float  # spent in the engine since the process started
+    pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

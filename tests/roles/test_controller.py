@@ -18,7 +18,7 @@ from raygrpo.data import DataReport, PromptSet, prompt_index, sample_seed
 from raygrpo.data.prompts import PROMPT_SET_SCHEMA
 from raygrpo.roles.claims import Release
 from raygrpo.roles.controller import RolloutController
-from raygrpo.roles.generator import WeightsAck
+from raygrpo.roles.reports import WeightsAck
 from raygrpo.types import FENCED
 
 NUM_PROMPTS = 7
@@ -44,14 +44,20 @@ class FakeGenerator:
         self.loading = False
         self.loads: list[tuple[int, int, Any]] = []  # attempt, version, weights
         self.restarts = 0
+        self.num_processes = 1
         self.on_load = on_load
         self.on_status = on_status
         self.load_weights = SimpleNamespace(remote=self._load)
         self.status = SimpleNamespace(remote=self._status)
         self.stacks = SimpleNamespace(remote=self._stacks)
 
+    @property
+    def process(self) -> str:
+        return f"process {self.num_processes} of {self.name}"
+
     def restart(self) -> None:
         self.restarts += 1
+        self.num_processes += 1
 
     async def _status(self) -> Any:
         if self.on_status is not None:
@@ -72,7 +78,15 @@ class FakeGenerator:
             self.loading = False
         self.version = version
         self.loads.append((attempt, version, weights[0]))
-        return WeightsAck(generator=self.name, version=version, num_bytes=100, drain_s=0.0, load_s=0.0, node=self.node)
+        return WeightsAck(
+            generator=self.name,
+            version=version,
+            num_bytes=100,
+            drain_s=0.0,
+            load_s=0.0,
+            node=self.node,
+            process=self.process,
+        )
 
 
 def prompt_set(num: int = NUM_PROMPTS) -> PromptSet:

@@ -130,7 +130,7 @@ def test_a_newcomer_that_is_sent_away_while_it_starts_leaves_nothing_behind(come
         starting.set_result(None) if comes_up else starting.set_exception(DIED)
         await settle()
         assert pool.by_state() == {"healthy": 1, "not_ready": 0, "dead": 0} and not pool.all_dead
-        assert pool.healthy == {"generator-0"} and list(pool.nodes) == ["generator-0"]
+        assert pool.healthy == {"generator-0"} and list(pool._holdings) == ["generator-0"]
         pool.resize(21.0, num_waiting=5)
         assert list(launch.made) == ["generator-1", "generator-2"], "it can grow as far as before"
 
@@ -234,6 +234,58 @@ def test_a_generator_that_hangs_is_restarted_and_one_that_died_is_left_to_ray(re
         await release(controller, stream, 0, "a", "no answer", restart=restart)
         assert broken.restarts == int(restart)
         assert (await controller.claim(stream, 0)).generator is other
+
+    asyncio.run(run())
+
+
+def test_the_last_words_of_a_process_that_was_told_to_end_do_not_bring_its_generator_back():
+    """Ray ends it a little later; until then it loads versions as ever."""
+
+    class Lingering(FakeGenerator):
+        def restart(self) -> None:
+            self.restarts += 1
+
+    async def run() -> None:
+        async def end_after_two(version: int) -> None:
+            broken.num_processes = 1 if len(broken.loads) < 3 else 2
+
+        broken = Lingering("a", end_after_two)
+        controller = controller_with(broken)
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        await controller.claim(stream, 0)
+        await release(controller, stream, 0, "a", "garbage", restart=True)
+        claim = await controller.claim(stream, 0)
+        assert claim.generator is broken and broken.num_processes == 2
+        assert (len(broken.loads), broken.restarts, controller._pool.num_failures) == (4, 1, 1)
+        warnings = (await controller.status()).warnings
+        assert [text for text in warnings if "is back" in text] == ["a is back, with version 0"]
+
+    asyncio.run(run())
+
+
+def test_failures_of_a_process_that_has_gone_say_nothing_of_the_next():
+    """The stage may tell of them when the generator has been back for long."""
+
+    async def run() -> None:
+        generator = FakeGenerator("a")
+        controller = controller_with(generator)
+        stream = await begin(controller)
+        await controller.publish(0, WEIGHTS)
+        for row in range(4):
+            await controller.claim(stream, row)
+        for row in (0, 1):  # both hang: one restart
+            await release(controller, stream, row, "a", "no answer", restart=True)
+        await wait_until(lambda: controller._pool.healthy == {"a"})
+        for row in (2, 3):
+            await release(controller, stream, row, "a", "no answer", restart=True)
+        assert controller._pool.healthy == {"a"}
+        assert (generator.restarts, len(generator.loads), controller._pool.num_failures) == (1, 2, 1)
+        assert all(len(controller._ledger.failures[row, 0]) == 1 for row in range(4)), "each group met one"
+
+        await controller.claim(stream, 0)
+        await release(controller, stream, 0, "a", "no answer", restart=True)
+        assert (generator.restarts, controller._pool.num_failures) == (2, 2), "of the process that serves now"
 
     asyncio.run(run())
 
