@@ -301,11 +301,11 @@ class LocalRun:
         requests = [
             GroupRequest(
                 ticket=ticket,
-                prompt=self._prompts.at(ticket, seed, attempt=attempt),
-                seeds=[sample_seed(seed, ticket, i, attempt=attempt) for i in range(self._config.group_size)],
-                replacement=attempt,
+                prompt=self._prompts.at(ticket, seed, replacement=replacement),
+                seeds=[sample_seed(seed, ticket, i, replacement) for i in range(self._config.group_size)],
+                replacement=replacement,
             )
-            for ticket, attempt in replacements.items()
+            for ticket, replacement in replacements.items()
         ]
         groups = sample_groups(self._engine, requests, version=self._version, at_a_time=groups_at_a_time(self._config))
         for group in groups:

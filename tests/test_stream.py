@@ -164,7 +164,7 @@ def check(
             assert step - max_staleness <= group.policy_version <= step
             place = {"seed": SEED, "attempt": group.replacement}
             assert group.prompt.prompt_id == prompt_index(group.ticket, NUM_PROMPTS, **place)
-            seeds = [sample_seed(SEED, group.ticket, i, attempt=group.replacement) for i in range(GROUP_SIZE)]
+            seeds = [sample_seed(SEED, group.ticket, i, group.replacement) for i in range(GROUP_SIZE)]
             assert [rollout.completion_ids[0] for rollout in group.rollouts] == [seed % 1000 for seed in seeds]
             expected = [2.0 if rollout.text == group.prompt.answer else 0.0 for rollout in group.rollouts]
             assert [reward.total for reward in scored.rewards] == expected
@@ -307,7 +307,7 @@ def test_dynamic_sampling_replaces_prompts_without_spread_reproducibly_and_withi
         for scored in streamed.groups:
             group = scored.group
             tried = [
-                prompt_index(group.ticket, NUM_PROMPTS, seed=SEED, attempt=k) for k in range(group.replacement + 1)
+                prompt_index(group.ticket, NUM_PROMPTS, seed=SEED, replacement=k) for k in range(group.replacement + 1)
             ]
             assert all(prompt in flat for prompt in tried[:-1]), "only prompts without spread are given up"
             assert tried[-1] not in flat or group.replacement == 2

@@ -17,23 +17,23 @@ from hashlib import blake2b
 import numpy as np
 
 
-def prompt_index(ticket: int, num_prompts: int, *, seed: int, shuffle: bool = True, attempt: int = 0) -> int:
+def prompt_index(ticket: int, num_prompts: int, *, seed: int, shuffle: bool = True, replacement: int = 0) -> int:
     """The place in the prompt set of the prompt that a ticket stands for.
 
-    Tickets count through the prompts once per epoch, each epoch in an order of its own. Attempt k > 0 is the k-th
-    replacement prompt of the ticket, for groups that had to be sampled anew from another prompt; replacements too cover
+    Tickets count through the prompts once per epoch, each epoch in an order of its own. Replacement k > 0 is the k-th
+    other prompt of the ticket, for groups that had to be sampled anew from another prompt; replacements too cover
     all prompts evenly, and are drawn in random order even without `shuffle`.
     """
     epoch, position = divmod(ticket, num_prompts)
-    if attempt == 0 and not shuffle:
+    if replacement == 0 and not shuffle:
         return position
-    return int(_epoch_order(num_prompts, seed, epoch, attempt)[position])
+    return int(_epoch_order(num_prompts, seed, epoch, replacement)[position])
 
 
-def sample_seed(run_seed: int, ticket: int, sample_index: int, attempt: int = 0) -> int:
+def sample_seed(run_seed: int, ticket: int, sample_index: int, replacement: int = 0) -> int:
     """The seed of one completion, in [0, 2**63). Seeds of a group are unrelated: engines that derive seed + i for a
     child stay apart."""
-    return _random_word("sample", run_seed, ticket, sample_index, attempt) >> 1
+    return _random_word("sample", run_seed, ticket, sample_index, replacement) >> 1
 
 
 def evaluation_seed(run_seed: int, set_name: str, prompt: int, sample_index: int) -> int:
@@ -43,9 +43,9 @@ def evaluation_seed(run_seed: int, set_name: str, prompt: int, sample_index: int
 
 
 @lru_cache(maxsize=8)
-def _epoch_order(num_prompts: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
+def _epoch_order(num_prompts: int, seed: int, epoch: int, replacement: int) -> np.ndarray:
     """A permutation of range(num_prompts)."""
-    state = np.uint64(_random_word("order", seed, epoch, attempt))
+    state = np.uint64(_random_word("order", seed, epoch, replacement))
     z = state + np.arange(1, num_prompts + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2**64
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -83,9 +83,9 @@ class PromptSet(Sequence[Prompt]):
         row = self.table.slice(index % len(self), 1).to_pylist()[0]
         return Prompt(**row | {"answer": json.loads(row["answer"]), "row": json.loads(row["row"])})
 
-    def at(self, ticket: int, seed: int, *, attempt: int = 0) -> Prompt:
-        """The prompt that a ticket of a run stands for; attempt k > 0: its k-th replacement (see `prompt_index`)."""
-        return self[prompt_index(ticket, len(self), seed=seed, shuffle=self.shuffle, attempt=attempt)]
+    def at(self, ticket: int, seed: int, *, replacement: int = 0) -> Prompt:
+        """The prompt that a ticket of a run stands for; replacement k > 0: its k-th other one (see `prompt_index`)."""
+        return self[prompt_index(ticket, len(self), seed=seed, shuffle=self.shuffle, replacement=replacement)]
 
     @property
     def num_prompt_tokens(self) -> np.ndarray:

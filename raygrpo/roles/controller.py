@@ -206,8 +206,8 @@ class RolloutController:
         ticket = self._first_ticket + row
         request = GroupRequest(
             ticket=ticket,
-            prompt=self._prompts.at(ticket, self._seed, attempt=replacement),
-            seeds=[sample_seed(self._seed, ticket, i, attempt=replacement) for i in range(self._group_size)],
+            prompt=self._prompts.at(ticket, self._seed, replacement=replacement),
+            seeds=[sample_seed(self._seed, ticket, i, replacement) for i in range(self._group_size)],
         )
         claim = self._claim_for(request, max(0, ticket // self._groups_per_step - self._max_staleness), replacement)
         return await self._assign(

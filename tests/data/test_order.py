@@ -25,9 +25,9 @@ def splitmix64(state):
 
 
 @given(st.integers(1, 200), st.integers(0, 2**70), st.integers(0, 1000), st.integers(0, 3))
-def test_each_epoch_is_a_permutation(num_prompts, seed, epoch, attempt):
+def test_each_epoch_is_a_permutation(num_prompts, seed, epoch, replacement):
     tickets = range(epoch * num_prompts, (epoch + 1) * num_prompts)
-    drawn = [prompt_index(ticket, num_prompts, seed=seed, attempt=attempt) for ticket in tickets]
+    drawn = [prompt_index(ticket, num_prompts, seed=seed, replacement=replacement) for ticket in tickets]
     assert sorted(drawn) == list(range(num_prompts))
 
 
@@ -53,19 +53,19 @@ def test_order_and_seeds_never_change():
     assert [sample_seed(0, 0, 0), sample_seed(1, 2, 3), sample_seed(0, 0, 0, 1)] == SEEDS
 
 
-def test_epochs_seeds_and_attempts_each_give_another_order():
+def test_epochs_seeds_and_replacements_each_give_another_order():
     orders = {
-        (seed, epoch, attempt): tuple(
-            prompt_index(epoch * 100 + place, 100, seed=seed, attempt=attempt) for place in range(100)
+        (seed, epoch, replacement): tuple(
+            prompt_index(epoch * 100 + place, 100, seed=seed, replacement=replacement) for place in range(100)
         )
-        for seed, epoch, attempt in product(range(3), range(3), range(3))
+        for seed, epoch, replacement in product(range(3), range(3), range(3))
     }
     assert len(set(orders.values())) == len(orders)
 
 
 def test_without_shuffle_the_source_order_repeats_but_replacements_are_drawn():
     assert [prompt_index(ticket, 5, seed=3, shuffle=False) for ticket in range(12)] == [*range(5), *range(5), 0, 1]
-    replacements = [prompt_index(ticket, 100, seed=3, shuffle=False, attempt=1) for ticket in range(100)]
+    replacements = [prompt_index(ticket, 100, seed=3, shuffle=False, replacement=1) for ticket in range(100)]
     assert sorted(replacements) == list(range(100)) and replacements != list(range(100))
 
 
@@ -79,8 +79,8 @@ def test_every_prompt_is_equally_likely_at_every_place():
 
 
 @given(st.integers(0, 2**64), st.integers(0, 2**40), st.integers(0, 63), st.integers(0, 5))
-def test_sample_seeds_fit_63_bits(run_seed, ticket, sample, attempt):
-    assert 0 <= sample_seed(run_seed, ticket, sample, attempt) < 2**63
+def test_sample_seeds_fit_63_bits(run_seed, ticket, sample, replacement):
+    assert 0 <= sample_seed(run_seed, ticket, sample, replacement) < 2**63
 
 
 def test_sample_seeds_do_not_collide():

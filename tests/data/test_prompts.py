@@ -446,5 +446,5 @@ def test_tickets_draw_every_prompt_once_an_epoch(load):
     assert [prompts.at(i, seed=2).answer for i in range(50)] != epochs[0]
     ordered = load([{"prompt": f"{i}?", "answer": i} for i in range(50)], shuffle=False)
     assert [ordered.at(i, seed=1).answer for i in range(60)] == [*range(50), *range(10)]
-    replacements = [ordered.at(i, seed=1, attempt=1).answer for i in range(50)]
+    replacements = [ordered.at(i, seed=1, replacement=1).answer for i in range(50)]
     assert sorted(replacements) == list(range(50)) and np.mean(np.array(replacements) == np.arange(50)) < 0.2

@@ -242,11 +242,11 @@ def test_replacements_are_other_prompts_with_other_seeds_and_repeat_too():
         controller = make_controller(FakeGenerator("a"))
         stream = await begin(controller)
         await controller.publish(0, WEIGHTS)
-        for attempt in range(3):
-            claim, again = [await controller.claim(stream, 2, attempt) for _ in range(2)]
+        for replacement in range(3):
+            claim, again = [await controller.claim(stream, 2, replacement) for _ in range(2)]
             assert (claim.ticket, claim.prompt, claim.seeds) == (2, again.prompt, again.seeds)
-            assert claim.prompt.prompt_id == prompt_index(2, NUM_PROMPTS, seed=5, attempt=attempt)
-            assert claim.seeds == [sample_seed(5, 2, i, attempt=attempt) for i in range(3)]
+            assert claim.prompt.prompt_id == prompt_index(2, NUM_PROMPTS, seed=5, replacement=replacement)
+            assert claim.seeds == [sample_seed(5, 2, i, replacement) for i in range(3)]
 
     asyncio.run(run())
 
