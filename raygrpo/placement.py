@@ -17,6 +17,8 @@ from typing import Any
 
 from raygrpo.config import RunConfig
 
+CALLS_PER_PROXY = 64  # blocks of groups that one proxy of the stream waits for at a time; beyond that, more proxies
+PROXY_CPUS = 0.01  # of one that only waits
 ROLE_LABEL = "raygrpo-role"  # the node label of the files in cluster/: head, learner, generator or reward
 _VALUES = re.compile(r"(?P<negated>!?)(?:in\((?P<several>[^)]*)\)|(?P<one>.*))")
 

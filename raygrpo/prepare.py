@@ -16,6 +16,7 @@ from raygrpo.config import DataConfig, RunConfig
 from raygrpo.data import PromptSet, load_prompts
 from raygrpo.eval_config import EvalConfig
 from raygrpo.evaluation import Evaluation, EvaluationSet
+from raygrpo.placement import CALLS_PER_PROXY, PROXY_CPUS
 from raygrpo.rewards import Scorer
 
 if TYPE_CHECKING:
@@ -140,12 +141,15 @@ def required_resources(config: RunConfig) -> Resources:
     them."""
     generator, learner, reward = config.generator, config.learner, config.reward
     groups_in_flight = (config.max_staleness + 1) * config.groups_per_step
-    proxies = 0.01 * math.ceil(groups_in_flight / 64)
+    num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
+    if config.algorithm.dynamic_sampling:  # they score as well
+        stages = max(num_proxies, reward.num_workers) * reward.num_cpus
+    else:
+        stages = num_proxies * PROXY_CPUS + reward.num_workers * reward.num_cpus
     return Resources(
         num_cpus=generator.num_actors * generator.num_cpus
         + learner.num_workers * learner.num_cpus
-        + reward.num_workers * reward.num_cpus
-        + (reward.num_cpus if config.evaluates else 0.0)
-        + proxies,
+        + stages
+        + (reward.num_cpus if config.evaluates else 0.0),
         num_gpus=generator.num_actors * generator.num_gpus + learner.num_workers * learner.num_gpus,
     )

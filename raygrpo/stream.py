@@ -23,7 +23,6 @@ import ctypes
 import gc
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
 from raygrpo.group_table import groups_to_table, scored_groups_to_table, table_to_groups, table_to_scored_groups
 from raygrpo.logs import about_group, open_log
+from raygrpo.placement import CALLS_PER_PROXY, PROXY_CPUS
 from raygrpo.rewards import Scorer
 from raygrpo.roles.claims import Claim, Release
 from raygrpo.types import (
@@ -62,7 +62,6 @@ logger = logging.getLogger(__name__)
 RETURNS_IN_STORE = {"env_vars": {"RAY_max_direct_call_object_size": "1000"}}
 POLL_S, HOT_POLL_S, HOT_S, POLL_SHARE = 0.05, 0.002, 0.15, 0.7  # of Ray Data's loop: see AdaptivePoll
 ANSWER_LIMIT_S = 10.0  # for a generator to say how it is
-CALLS_PER_PROXY = 64  # blocks that one proxy waits for at a time; beyond that, more proxies
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +241,14 @@ class DynamicSamplingStage:
         groups_in_flight: int,
         config: RewardConfig,
         import_paths: list[str],
-        num_scorers: int,
         max_replacements: int,
         run: RunInfo | None = None,
     ):
-        """groups_in_flight: that wait for generators at once; of these num_scorers score at a time."""
+        """groups_in_flight: that wait for generators at once; one scores at a time."""
         self._rollouts = RolloutStage(controller, stream, run)
         self._threads = ThreadPoolExecutor(groups_in_flight)
-        self._scorers: queue.SimpleQueue[Scorer] = queue.SimpleQueue()
-        for _ in range(num_scorers):
-            self._scorers.put(Scorer(config, import_paths))
+        self._scorer = Scorer(config, import_paths)
+        self._scoring = threading.Lock()
         self._max_replacements = max_replacements
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -260,11 +257,8 @@ class DynamicSamplingStage:
     def _sample(self, row: int) -> ScoredGroup:
         for replacement in range(self._max_replacements + 1):
             [group] = self._rollouts.roll_out([row], replacement)
-            scorer = self._scorers.get()
-            try:
-                scored = _score(scorer, group)
-            finally:
-                self._scorers.put(scorer)
+            with self._scoring:
+                scored = _score(self._scorer, group)
             if not zero_spread(scored.totals):
                 break
         return scored
@@ -292,11 +286,13 @@ def segment_dataset(
     _configure_ray_data()  # here: a dataset keeps the context of the process that builds it, which is Ray Train's
     blocks_in_flight = math.ceil(min(groups_in_flight, num_tickets) / groups_per_block)
     num_proxies = math.ceil(blocks_in_flight / CALLS_PER_PROXY)
+    if max_replacements:  # they score as well
+        num_proxies = max(num_proxies, reward.num_workers)
     calls = math.ceil(blocks_in_flight / num_proxies)
     waiting = {
         "batch_size": None,
         "batch_format": "pyarrow",
-        "num_cpus": 0.01,
+        "num_cpus": reward.num_cpus if max_replacements else PROXY_CPUS,
         "label_selector": reward.label_selector,
         "compute": ray.data.ActorPoolStrategy(
             size=num_proxies,
@@ -310,9 +306,7 @@ def segment_dataset(
     tickets = ray.data.from_blocks([pa.table({"row": range(start, start + groups_per_block)}) for start in starts])
     stream = ray.get(controller.new_stream.remote(name))
     if max_replacements:
-        num_scorers = math.ceil(reward.num_workers / num_proxies)
-        in_flight = calls * groups_per_block
-        arguments = (controller, stream, in_flight, reward, import_paths, num_scorers, max_replacements, run)
+        arguments = (controller, stream, calls * groups_per_block, reward, import_paths, max_replacements, run)
         return tickets.map_batches(
             DynamicSamplingStage, fn_constructor_args=arguments, runtime_env=RETURNS_IN_STORE, **waiting
         )

@@ -9,6 +9,7 @@ from ray._private.label_utils import validate_label_selector
 
 from raygrpo.connect import connect_to_ray
 from raygrpo.placement import capacity, missing_nodes, one_machine_problems, roles, satisfies
+from raygrpo.prepare import required_resources
 from tests.conftest import run_config
 from tests.own_cluster import results_of
 
@@ -131,3 +132,20 @@ def test_gpus_that_never_come_are_refused_where_ray_is_the_runs_own(address, ref
     else:
         with connect_to_ray(config, verbose=False) as there:
             assert there == "dashboard"
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "dynamic_sampling", "scorers", "proxies"), [(3, 0, 3, 2), (3, 4, 3, 0), (1, 4, 2, 0)]
+)
+def test_what_a_run_reserves_counts_every_actor(num_workers, dynamic_sampling, scorers, proxies):
+    """128 groups in flight are 2 proxies, which score as well with dynamic sampling."""
+    config = run_config(
+        groups_per_step=64,
+        max_staleness=1,
+        reward={"num_workers": num_workers, "num_cpus": 0.5},
+        generator={"num_actors": 2, "num_cpus": 3.0},
+        learner={"num_workers": 4, "num_cpus": 2.0},
+        algorithm={"dynamic_sampling": dynamic_sampling},
+    )
+    expected = 2 * 3.0 + 4 * 2.0 + scorers * 0.5 + proxies * 0.01
+    assert required_resources(config).num_cpus == pytest.approx(expected)

@@ -162,7 +162,7 @@ def check(
             if group.error:
                 continue
             assert step - max_staleness <= group.policy_version <= step
-            place = {"seed": SEED, "attempt": group.replacement}
+            place = {"seed": SEED, "replacement": group.replacement}
             assert group.prompt.prompt_id == prompt_index(group.ticket, NUM_PROMPTS, **place)
             seeds = [sample_seed(SEED, group.ticket, i, group.replacement) for i in range(GROUP_SIZE)]
             assert [rollout.completion_ids[0] for rollout in group.rollouts] == [seed % 1000 for seed in seeds]
@@ -324,6 +324,22 @@ def test_with_dynamic_sampling_as_many_groups_are_scored_at_once_as_there_are_wo
     streamed = stream(Script(), max_replacements=1, num_steps=1, reward=reward, import_paths=[str(tmp_path)])
     scored = [(scored.score_start_s, scored.score_end_s) for scored in streamed.groups]
     assert max(sum(start_s <= at_s < end_s for start_s, end_s in scored) for at_s, _ in scored) == 2
+
+
+@pytest.mark.parametrize("max_replacements", [0, 1])
+def test_each_scorer_reserves_its_cpus(stream, max_replacements):
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import ActorTableData
+
+    def scorers() -> set[bytes]:  # those that are gone, too
+        table: Any = state._connect_and_get_accessor()
+        actors = map(ActorTableData.FromString, table.get_actor_table(None, None))
+        return {actor.actor_id for actor in actors if actor.required_resources == {"CPU": 0.125}}
+
+    before = scorers()
+    reward = RewardConfig(functions=REWARD.functions, num_workers=3, num_cpus=0.125)
+    stream(Script(), max_replacements=max_replacements, num_steps=1, reward=reward)
+    assert len(scorers() - before) == 3
 
 
 def test_an_execution_finds_nothing_of_the_one_before_it():

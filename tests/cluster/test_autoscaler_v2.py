@@ -24,8 +24,7 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator  # pyright: igno
 from ray.core.generated.instance_manager_pb2 import Instance, NodeKind  # pyright: ignore
 
 from raygrpo.config import RunConfig
-from raygrpo.placement import ROLE_LABEL, Role, roles
-from raygrpo.stream import CALLS_PER_PROXY
+from raygrpo.placement import CALLS_PER_PROXY, PROXY_CPUS, ROLE_LABEL, Role, roles
 from tests.cluster.fit import run_of
 from tests.cluster.shapes import CLUSTER
 from tests.cluster.test_manifests import ray_resource
@@ -139,7 +138,7 @@ def stream(num_workers: int, selector: dict[str, str] | None = None) -> list[Res
     that score, and those that wait for generators (stream.py)."""
     reward, config = run_roles()["reward"], run_of("8b")
     groups_in_flight = (config.max_staleness + 1) * config.groups_per_step
-    waiting = replace(reward, num_cpus=0.01)
+    waiting = replace(reward, num_cpus=PROXY_CPUS)
     return [request(reward, num_workers, selector), request(waiting, -(-groups_in_flight // CALLS_PER_PROXY), selector)]
 
 
