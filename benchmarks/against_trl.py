@@ -111,20 +111,10 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
 
     import_utils = importlib.import_module("trl.import_utils")
     with mock.patch.object(import_utils, "is_vllm_available", lambda *_, **__: False):  # importing vLLM takes 20 s
-        from trl import GRPOConfig, GRPOTrainer
+        from trl import GRPOTrainer
 
     config = prepared.config
-    algorithm, sampling, adam = config.algorithm, config.generator.sampling, config.learner.optimizer
-    assert (algorithm.aggregation, algorithm.ratio, algorithm.loss) == ("token_mean", "token", "ppo_clip")
-    assert algorithm.updates_per_step == 1 and algorithm.kl.coef == algorithm.entropy_coef == 0
-    assert algorithm.advantage.scale == algorithm.advantage.baseline == "group"
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda update: learning_rate(adam, update, config.num_steps) / adam.lr
-    )
 
     class Measured(GRPOTrainer):
         """Notes what a step was made of, and how long its parts took."""
@@ -180,40 +170,62 @@ def _trl_trainer(prepared: PreparedRun, prompts: Sequence[Prompt], output_dir: P
     trainer = Measured(
         model=model,
         reward_funcs=reward_function,
-        args=GRPOConfig(
-            output_dir=str(output_dir),
-            seed=config.seed,
-            max_steps=len(prompts) // config.groups_per_step,
-            per_device_train_batch_size=MICRO_BATCH,
-            gradient_accumulation_steps=config.completions_per_step // MICRO_BATCH,
-            num_generations=config.group_size,
-            shuffle_dataset=False,
-            max_completion_length=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=max(sampling.top_k, 0),
-            loss_type="dapo",  # mean over all tokens of the step: our token_mean
-            epsilon=algorithm.clip_low,
-            epsilon_high=algorithm.clip_high,
-            beta=0.0,
-            scale_rewards="group",
-            max_grad_norm=adam.max_grad_norm,
-            use_vllm=False,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1,
-            disable_tqdm=True,
-        ),
+        args=_trl_settings(config, len(prompts) // config.groups_per_step, output_dir),
         train_dataset=Dataset.from_list([{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]),
         processing_class=prepared.tokenizer,
-        optimizers=(optimizer, schedule),
+        optimizers=_optimizer_and_schedule(model, config),
         callbacks=[Clock()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _trl_settings(config: RunConfig, num_steps: int, output_dir: Path) -> Any:
+    """What TRL calls what our configuration asks for."""
+    from trl import GRPOConfig
+
+    algorithm, sampling = config.algorithm, config.generator.sampling
+    assert (algorithm.aggregation, algorithm.ratio, algorithm.loss) == ("token_mean", "token", "ppo_clip")
+    assert algorithm.updates_per_step == 1 and algorithm.kl.coef == algorithm.entropy_coef == 0
+    assert algorithm.advantage.scale == algorithm.advantage.baseline == "group"
+    return GRPOConfig(
+        output_dir=str(output_dir),
+        seed=config.seed,
+        max_steps=num_steps,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=config.completions_per_step // MICRO_BATCH,
+        num_generations=config.group_size,
+        shuffle_dataset=False,
+        max_completion_length=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=max(sampling.top_k, 0),
+        loss_type="dapo",  # mean over all tokens of the step: our token_mean
+        epsilon=algorithm.clip_low,
+        epsilon_high=algorithm.clip_high,
+        beta=0.0,
+        scale_rewards="group",
+        max_grad_norm=config.learner.optimizer.max_grad_norm,
+        use_vllm=False,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+
+
+def _optimizer_and_schedule(model: torch.nn.Module, config: RunConfig) -> tuple[Any, Any]:
+    adam = config.learner.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda update: learning_rate(adam, update, config.num_steps) / adam.lr
+    )
+    return optimizer, schedule
 
 
 # The same rollouts in our learner.
