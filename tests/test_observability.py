@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
-import signal
 import sys
 import time
 import urllib.request
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -91,7 +90,7 @@ def observed(tmp_path_factory) -> Iterator[Observed]:
                     with contextlib.suppress(OSError):
                         scrapes.append(scrape(address, run_dir.resolve().name))
                 if record(run_dir) and not begun_and_lost(lines):
-                    kill_amid_a_group(lines.get("generator-0.jsonl", []))
+                    kill_amid_a_group(run_dir)
                 time.sleep(0.05)
         assert process.returncode == 0, (directory / "screen.txt").read_text()
     yield Observed(
@@ -99,11 +98,31 @@ def observed(tmp_path_factory) -> Iterator[Observed]:
     )
 
 
-def kill_amid_a_group(lines: list[dict[str, Any]]) -> None:
-    """Kill the generator that wrote these lines if its last one says that it has begun a group."""
-    if lines and lines[-1]["message"].startswith("begun"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(lines[-1]["pid"], signal.SIGKILL)
+def kill_amid_a_group(run_dir: Path) -> None:
+    """Kill generator-0 if it holds a ticket's group. It is stopped while that is decided."""
+    pid, held = held_by_generator_0(run_dir)
+    if not held:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        generator = psutil.Process(pid)
+        generator.suspend()
+        while generator.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
+        _, held = held_by_generator_0(run_dir)
+        if held:
+            generator.kill()
+        else:
+            generator.resume()
+
+
+def held_by_generator_0(run_dir: Path) -> tuple[int, set[int]]:
+    """Its newest process, and the tickets that this has begun and not sampled."""
+    lines = read_logs(run_dir).get("generator-0.jsonl", [])
+    pid, held = lines[-1]["pid"] if lines else -1, set()
+    for line in lines:
+        if line["pid"] == pid and "group" in line:
+            (held.add if line["message"].startswith("begun") else held.discard)(line["group"])
+    return pid, held
 
 
 def begun_and_lost(lines: dict[str, list[dict[str, Any]]]) -> list[int]:
