@@ -9,13 +9,14 @@ A node is what `ray.nodes()` lists: a dict with Alive, Labels and Resources.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raygrpo.config import RunConfig
+from raygrpo.config import RewardConfig, RunConfig
 
 CALLS_PER_PROXY = 64  # blocks of groups that one proxy of the stream waits for at a time; beyond that, more proxies
 PROXY_CPUS = 0.01  # of one that only waits
@@ -39,6 +40,13 @@ class Role:
     def needs(self) -> str:
         gpus = f" and {self.num_gpus:g} GPUs" if self.num_gpus else ""
         return f"{self.num_cpus:g} CPUs{gpus} each"
+
+
+def proxies(blocks_in_flight: int, reward: RewardConfig, *, score: bool) -> tuple[int, float]:
+    """How many stages of the stream wait for generators, and the CPUs of each. score: they are the scorers as well, as
+    for dynamic sampling."""
+    num = math.ceil(blocks_in_flight / CALLS_PER_PROXY)
+    return (max(num, reward.num_workers), reward.num_cpus) if score else (num, PROXY_CPUS)
 
 
 def roles(config: RunConfig) -> list[Role]:

@@ -16,7 +16,7 @@ from raygrpo.config import DataConfig, RunConfig
 from raygrpo.data import PromptSet, load_prompts
 from raygrpo.eval_config import EvalConfig
 from raygrpo.evaluation import Evaluation, EvaluationSet
-from raygrpo.placement import CALLS_PER_PROXY, PROXY_CPUS
+from raygrpo.placement import proxies
 from raygrpo.rewards import Scorer
 
 if TYPE_CHECKING:
@@ -141,15 +141,14 @@ def required_resources(config: RunConfig) -> Resources:
     them."""
     generator, learner, reward = config.generator, config.learner, config.reward
     groups_in_flight = (config.max_staleness + 1) * config.groups_per_step
-    num_proxies = math.ceil(groups_in_flight / CALLS_PER_PROXY)
-    if config.algorithm.dynamic_sampling:  # they score as well
-        stages = max(num_proxies, reward.num_workers) * reward.num_cpus
-    else:
-        stages = num_proxies * PROXY_CPUS + reward.num_workers * reward.num_cpus
+    is_dynamic = config.algorithm.dynamic_sampling > 0
+    num_proxies, proxy_cpus = proxies(math.ceil(groups_in_flight / config.groups_per_block), reward, score=is_dynamic)
+    scorers = 0.0 if is_dynamic else reward.num_workers * reward.num_cpus
     return Resources(
         num_cpus=generator.num_actors * generator.num_cpus
         + learner.num_workers * learner.num_cpus
-        + stages
+        + num_proxies * proxy_cpus
+        + scorers
         + (reward.num_cpus if config.evaluates else 0.0),
         num_gpus=generator.num_actors * generator.num_gpus + learner.num_workers * learner.num_gpus,
     )

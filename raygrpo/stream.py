@@ -40,7 +40,7 @@ from raygrpo.algorithm import zero_spread
 from raygrpo.config import RewardConfig
 from raygrpo.group_table import groups_to_table, scored_groups_to_table, table_to_groups, table_to_scored_groups
 from raygrpo.logs import about_group, open_log
-from raygrpo.placement import CALLS_PER_PROXY, PROXY_CPUS
+from raygrpo.placement import proxies
 from raygrpo.rewards import Scorer
 from raygrpo.roles.claims import Claim, Release
 from raygrpo.types import (
@@ -285,14 +285,12 @@ def segment_dataset(
     """
     _configure_ray_data()  # here: a dataset keeps the context of the process that builds it, which is Ray Train's
     blocks_in_flight = math.ceil(min(groups_in_flight, num_tickets) / groups_per_block)
-    num_proxies = math.ceil(blocks_in_flight / CALLS_PER_PROXY)
-    if max_replacements:  # they score as well
-        num_proxies = max(num_proxies, reward.num_workers)
+    num_proxies, num_cpus = proxies(blocks_in_flight, reward, score=max_replacements > 0)
     calls = math.ceil(blocks_in_flight / num_proxies)
     waiting = {
         "batch_size": None,
         "batch_format": "pyarrow",
-        "num_cpus": reward.num_cpus if max_replacements else PROXY_CPUS,
+        "num_cpus": num_cpus,
         "label_selector": reward.label_selector,
         "compute": ray.data.ActorPoolStrategy(
             size=num_proxies,

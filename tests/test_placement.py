@@ -135,13 +135,15 @@ def test_gpus_that_never_come_are_refused_where_ray_is_the_runs_own(address, ref
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "dynamic_sampling", "scorers", "proxies"), [(3, 0, 3, 2), (3, 4, 3, 0), (1, 4, 2, 0)]
+    ("num_workers", "dynamic_sampling", "groups_per_block", "scorers", "proxies"),
+    [(3, 0, 1, 3, 2), (3, 0, 2, 3, 1), (3, 4, 1, 3, 0), (1, 4, 1, 2, 0), (1, 4, 2, 1, 0)],
 )
-def test_what_a_run_reserves_counts_every_actor(num_workers, dynamic_sampling, scorers, proxies):
-    """128 groups in flight are 2 proxies, which score as well with dynamic sampling."""
+def test_what_a_run_reserves_counts_every_actor(num_workers, dynamic_sampling, groups_per_block, scorers, proxies):
+    """Without blocks, 128 groups in flight are 2 proxies, which score as well with dynamic sampling."""
     config = run_config(
         groups_per_step=64,
         max_staleness=1,
+        groups_per_block=groups_per_block,
         reward={"num_workers": num_workers, "num_cpus": 0.5},
         generator={"num_actors": 2, "num_cpus": 3.0},
         learner={"num_workers": 4, "num_cpus": 2.0},
